@@ -1,0 +1,1 @@
+"""Captions to image shards: identity, leases, the diffusion loop, audit."""

@@ -1,0 +1,1 @@
+"""Launch commands: the only package that knows Slurm and submitit."""

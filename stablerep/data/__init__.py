@@ -1,0 +1,1 @@
+"""Reading shards and turning them into training batches."""

@@ -1,0 +1,1 @@
+"""Probes that score an encoder on real pictures."""

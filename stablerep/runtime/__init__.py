@@ -1,0 +1,1 @@
+"""The ground floor: config, run folder, events, stop flag, distributed helpers."""

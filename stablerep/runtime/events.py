@@ -1,0 +1,35 @@
+"""Events: one JSONL file per process under RUN/events/, the record of who did what, when and why."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stablerep.runtime.rundir import append_jsonl, read_jsonl
+
+
+class Events:
+    """Append events of this process to RUN/events/NAME.jsonl (started, claimed, committed, preempted, failed ...)."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.name = name
+        self.path = run / "events" / f"{name}.jsonl"
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event; `kind` is a past participle such as `committed`."""
+        append_jsonl(self.path, {"time": time.time(), "event": kind, "process": self.name, **fields})
+
+
+def process_name(prefix: str) -> str:
+    """A name unique to this process: prefix, Slurm job or host, task, restart, pid."""
+    env = os.environ
+    job = env.get("SLURM_ARRAY_JOB_ID", env.get("SLURM_JOB_ID", os.uname().nodename))
+    task = env.get("SLURM_ARRAY_TASK_ID", "0")
+    return f"{prefix}-{job}_{task}-r{env.get('SLURM_RESTART_COUNT', '0')}-{os.getpid()}"
+
+
+def read_events(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of every process of a run, file by file."""
+    for path in sorted((run / "events").glob("*.jsonl")):
+        yield from read_jsonl(path)

@@ -1,0 +1,88 @@
+"""The run folder: files that are complete or absent, and append-only JSON lines."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees all of it or none: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    return json.loads(path.read_text())
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one line to a JSONL file with a single write, so that processes do not tear each other's lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file; a line torn by a killed writer is skipped."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def record_submission(run: Path, **fields: Any) -> None:
+    """Add a line to `jobs.jsonl`: what was submitted, and when."""
+    append_jsonl(run / "jobs.jsonl", {"time": time.time(), **fields})
+
+
+def record_code(run: Path) -> None:
+    """Write `code/`: the commit that ran and the uncommitted diff (once: the first submit's code is the run's code)."""
+    folder = run / "code"
+    if (folder / "commit.txt").exists():
+        return
+
+    def git(*words: str) -> str:
+        result = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
+        return result.stdout if result.returncode == 0 else ""
+
+    write_atomic(folder / "diff.patch", git("diff", "HEAD"))
+    write_atomic(folder / "commit.txt", git("rev-parse", "HEAD") or "not a git checkout\n")
