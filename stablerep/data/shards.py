@@ -108,7 +108,7 @@ class DatasetIndex:
             dataset = read_json(run / "dataset.json")
             counts.add(int(dataset["images_per_caption"]))
             for shard in dataset["shardlist"]:
-                self._add_shard(run / "shards" / shard["url"], int(dataset["images_per_caption"]), ids, rows, texts)
+                self._add_shard(run / shard["url"], int(dataset["images_per_caption"]), ids, rows, texts)
         if len(counts) != 1:
             raise UsageError(f"--data runs hold different numbers of images per caption: {sorted(counts)}")
         self.images_per_caption = counts.pop()

@@ -147,14 +147,15 @@ def _split(cls: type, argv: Sequence[str], positional: str | None) -> tuple[list
         if dotted != "config" and dotted not in fields:
             raise UsageError(f"unknown key '--{name}'{_nearest(dotted, fields)}")
         field = fields.get(dotted)
+        is_bool = field is not None and field.type in (bool, bool | None)
         is_list = field is not None and typing.get_origin(field.type) is list
         if not has_value:
             taken = []
             while rest and not rest[0].startswith("--") and (is_list or not taken):
-                if field is not None and field.type is bool and rest[0].lower() not in _BOOLS:
+                if is_bool and rest[0].lower() not in _BOOLS:
                     break
                 taken.append(rest.pop(0))
-            if not taken and field is not None and field.type is bool:
+            if not taken and is_bool:
                 taken = ["true"]
             if not taken:
                 raise UsageError(f"'--{name}' needs a value")

@@ -1,0 +1,160 @@
+"""Captions to pictures: our own denoising loop on the modules of a diffusers Stable Diffusion pipeline."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generation.identity import noise
+from generation.plan import GenerateConfig
+from stablerep.runtime.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TextToImage:
+    """A loaded pipeline. Every UNet, VAE and text-encoder call has `batch_size` rows (the last is padded), so that an
+    image's bytes depend on nothing but its identity. Raises UsageError where the folder does not hold a pipeline."""
+
+    def __init__(self, config: GenerateConfig, device: str) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)  # the sum's order, and so the bytes, depend on the thread count
+        self.pipe = self._load(config.dtype)
+        self.attention = self._set_attention(config.attention)
+        self.scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        size = config.resolution or self.pipe.unet.config.sample_size * self.scale
+        if size % self.scale:
+            raise UsageError(f"--resolution {size} is not a multiple of {self.scale}")
+        self.latent_shape = (self.pipe.unet.config.in_channels, size // self.scale, size // self.scale)
+        self.retried = 0  # images whose latents or pixels were not finite and were made again in fp32
+        self._fp32: Any = None
+        self._empty = self.encode([""])
+
+    def _load(self, dtype: str) -> Any:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers.utils import logging
+
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                self.config.model, dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False,
+                local_files_only=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load --model {self.config.model}: {str(error).splitlines()[0]}") from None
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+            module.to(self.device).eval().requires_grad_(False)
+        return pipe
+
+    def _set_attention(self, wanted: str) -> str:
+        if wanted == "sdpa":
+            return "sdpa"
+        try:
+            self.pipe.enable_xformers_memory_efficient_attention()
+            return "xformers"
+        except Exception as error:  # no GPU, no wheel, no kernel for this card: each its own class
+            if wanted == "xformers":
+                raise UsageError(f"--attention xformers does not run here: {str(error).splitlines()[0]}") from None
+            return "sdpa"
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Text-encoder states of captions, [len(texts), tokens, width]; a long caption is cut at the model's limit."""
+        tokenizer, rows = self.pipe.tokenizer, []
+        for i in range(0, len(texts), self.config.batch_size):
+            chunk = texts[i : i + self.config.batch_size]
+            padded = chunk + [""] * (self.config.batch_size - len(chunk))
+            tokens = tokenizer(
+                padded, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            )
+            rows.append(self.pipe.text_encoder(tokens.input_ids.to(self.device))[0][: len(chunk)])
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def generate(self, states: Tensor, ids: list[str], numbers: list[int]) -> Tensor:
+        """Pictures of up to `batch_size` images, uint8 [n, H, W, 3] on the CPU.
+
+        `states` [n, tokens, width] belong to the captions `ids`; `numbers` are the images' numbers within them.
+        """
+        count, pad = len(ids), self.config.batch_size - len(ids)
+        start = torch.stack([noise(self.config.seed, i, j, self.latent_shape) for i, j in zip(ids, numbers, strict=True)])
+        states = torch.cat([states, self._empty.expand(pad, -1, -1)]) if pad else states
+        start = torch.cat([start, torch.zeros(pad, *self.latent_shape)]) if pad else start
+        latents = self.denoise(self.pipe, states, start.to(self.device))
+        pixels = self.decode(self.pipe, latents)
+        bad = ~(torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(pixels).flatten(1).all(1))
+        if bad[:count].any():
+            self.retried += int(bad[:count].sum())
+            if self._fp32 is None:
+                self._fp32 = self._load("fp32")
+            again = self.decode(self._fp32, self.denoise(self._fp32, states.float(), start.to(self.device)))
+            pixels = torch.where(bad[:, None, None, None], again.to(pixels.dtype), pixels)
+        return self._finish(pixels)[:count]
+
+    def denoise(self, pipe: Any, states: Tensor, start: Tensor) -> Tensor:
+        """DDIM (arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598): float32 noise to latents."""
+        scheduler, guided = pipe.scheduler, self.config.guidance_scale != 1
+        dtype = pipe.unet.dtype
+        scheduler.set_timesteps(self.config.steps, device=self.device)
+        latents = (start * scheduler.init_noise_sigma).to(dtype)
+        if guided:
+            states = torch.cat([self._empty.to(dtype).expand(len(start), -1, -1), states])
+        for t in scheduler.timesteps:
+            both = torch.cat([latents, latents]) if guided else latents
+            prediction = pipe.unet(scheduler.scale_model_input(both, t), t, encoder_hidden_states=states).sample
+            if guided:
+                without, with_caption = prediction.chunk(2)
+                prediction = without + self.config.guidance_scale * (with_caption - without)
+            latents = scheduler.step(prediction, t, latents).prev_sample
+        return latents
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Latents to pixels in [-1, 1], [n, 3, H, W]."""
+        result: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        return result
+
+    def _finish(self, pixels: Tensor) -> Tensor:
+        size = self.config.image_size
+        pixels = pixels.float()
+        if size is not None and size != pixels.shape[-1]:
+            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def encode_jpeg(picture: Tensor, quality: int) -> bytes:
+    """A picture, uint8 [H, W, 3], as JPEG."""
+    import simplejpeg
+
+    data: bytes = simplejpeg.encode_jpeg(picture.numpy(), quality=quality, colorspace="RGB", colorsubsampling="420")
+    return data
+
+
+def generate_captions(model: TextToImage, captions: list[tuple[str, str]], stopped: Any = None) -> list[list[bytes]] | None:
+    """JPEGs of every image of every (id, text), or None where `stopped()` came true between two batches."""
+    config = model.config
+    states = model.encode([text for _, text in captions])
+    wanted = [(c, j) for c in range(len(captions)) for j in range(config.images_per_caption)]
+    images: list[list[bytes]] = [[] for _ in captions]
+    for i in range(0, len(wanted), config.batch_size):
+        if stopped is not None and stopped():
+            return None
+        chunk = wanted[i : i + config.batch_size]
+        rows = [c for c, _ in chunk]
+        pictures = model.generate(states[rows], [captions[c][0] for c in rows], [j for _, j in chunk])
+        for (c, _), picture in zip(chunk, pictures, strict=True):
+            images[c].append(encode_jpeg(picture, config.jpeg_quality))
+    return images
+
+
+def load(run: Path, device: str) -> TextToImage:
+    """The pipeline of a planned run."""
+    from stablerep.runtime.config import from_yaml
+
+    return TextToImage(from_yaml(GenerateConfig, run / "config.yaml"), device)

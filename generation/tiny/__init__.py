@@ -1,0 +1,1 @@
+"""How the embedded pipeline in assets/tiny was made; not needed to use it."""

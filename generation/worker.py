@@ -1,0 +1,148 @@
+"""The worker: claim a shard, generate, commit, next. Any number of them, anywhere on the shared file system."""
+
+import errno
+import time
+import traceback
+import zlib
+from pathlib import Path
+from typing import Any
+
+from generation.captions import read_captions
+from generation.lease import Leases
+from generation.plan import GenerateConfig, Plan, load_plan, public_settings, write_dataset
+from stablerep.data.shards import Sample, read_sidecar, shard_name, write_shard
+from stablerep.runtime.config import from_yaml
+from stablerep.runtime.errors import UsageError, WorkError
+from stablerep.runtime.events import Events
+from stablerep.runtime.rundir import append_jsonl, read_jsonl
+from stablerep.runtime.stop import StopFlag
+
+POLL_S = 1.0
+
+
+def failures(run: Path, shard: int) -> list[dict[str, Any]]:
+    """The failed attempts at a shard since the last launch."""
+    return list(read_jsonl(run / "failures" / f"{shard_name(shard)}.jsonl"))
+
+
+def work(run: Path, *, device: str, stop: StopFlag, name: str) -> str:
+    """Generate until nothing is left: `done`, `stopped` (a signal came) or `incomplete` (shards were set aside).
+
+    Raises WorkError on what another attempt elsewhere will not cure (a full disk), UsageError on a broken run.
+    """
+    config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
+    events = Events(run, name)
+    events.write("started", device=device)
+    leases = Leases(run / "leases", name, config.lease_timeout_s)
+    try:
+        outcome = _Worker(run, config, plan, device, stop, events, leases).loop()
+    except (UsageError, WorkError) as error:
+        events.write("failed", why=str(error))
+        raise
+    finally:
+        leases.close()
+    events.write("ended", outcome=outcome, signal=stop.requested)
+    return outcome
+
+
+class _Worker:
+    def __init__(
+        self, run: Path, config: GenerateConfig, plan: Plan, device: str, stop: StopFlag, events: Events, leases: Leases
+    ) -> None:
+        self.run, self.config, self.plan, self.device = run, config, plan, device
+        self.stop, self.events, self.leases = stop, events, leases
+        self.model: Any = None
+        # Each worker starts at its own place, so that they seldom meet.
+        self.order = [(zlib.crc32(events.name.encode()) + k) % plan.shards for k in range(plan.shards)]
+
+    def loop(self) -> str:
+        left = self.order
+        while True:
+            busy = False
+            for shard in left:
+                if self.stop.requested:
+                    return "stopped"
+                busy = self.visit(shard) or busy
+            left = [k for k in left if not self.settled(k)]
+            if not left:
+                break
+            if not busy:
+                time.sleep(POLL_S)  # all that is left is in other hands; wait in case one of them dies
+        if any(read_sidecar(self.run / "shards", k) is None for k in range(self.plan.shards)):
+            return "incomplete"
+        if not (self.run / "dataset.json").exists():
+            write_dataset(self.run, self.plan, self.config)
+            self.events.write("completed")
+        return "done"
+
+    def settled(self, shard: int) -> bool:
+        """Whether nobody needs to look at the shard again: committed or set aside."""
+        if read_sidecar(self.run / "shards", shard) is not None:
+            return True
+        return len(failures(self.run, shard)) >= self.config.attempts
+
+    def visit(self, shard: int) -> bool:
+        """Make the shard if it is free; whether we did something."""
+        if self.settled(shard):
+            return False
+        how = self.leases.claim(shard)
+        if how is None:
+            return False
+        try:
+            if self.settled(shard):  # committed between the look and the claim
+                return False
+            self.events.write("claimed", shard=shard, how=how)
+            self.make(shard)
+        except UsageError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise WorkError(
+                    f"cannot write to {self.run}: {error.strerror}; make room and give the same command again"
+                ) from None
+            self.fail(shard, error)
+        except Exception as error:
+            self.fail(shard, error)
+        finally:
+            self.leases.release()
+        return True
+
+    def make(self, shard: int) -> None:
+        """Generate and commit one shard; a stop signal abandons it between two batches."""
+        start = time.time()
+        if self.model is None:
+            from generation.pipeline import TextToImage
+
+            self.model = TextToImage(self.config, self.device)
+            self.events.write("loaded", attention=self.model.attention, seconds=round(time.time() - start, 2))
+            start = time.time()
+        from generation.pipeline import generate_captions
+
+        captions = read_captions(self.run / "captions.parquet", *self.plan.rows(shard))
+        retried = self.model.retried
+        images = generate_captions(self.model, captions, stopped=lambda: self.stop.requested)
+        if images is None:
+            self.events.write("released", shard=shard, signal=self.stop.requested)
+            return
+        settings = public_settings(self.config)
+        samples = [
+            Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)
+        ]
+        extra = {
+            "made_by": self.events.name,
+            "attention": self.model.attention,
+            "retried_fp32": self.model.retried - retried,
+            "seconds": round(time.time() - start, 3),
+        }
+        sidecar = write_shard(self.run / "shards", shard, samples, extra)
+        self.events.write("committed", shard=shard, images=sidecar["images"], seconds=extra["seconds"])
+
+    def fail(self, shard: int, error: Exception) -> None:
+        """Record a failed attempt; the last one sets the shard aside."""
+        why = f"{type(error).__name__}: {error}"
+        attempts = len(failures(self.run, shard)) + 1
+        record = {"why": why, "worker": self.events.name, "trace": traceback.format_exc()}
+        append_jsonl(self.run / "failures" / f"{shard_name(shard)}.jsonl", record)
+        self.events.write("failed", shard=shard, why=why, attempt=attempts)
+        if attempts >= self.config.attempts:
+            self.events.write("set aside", shard=shard, why=why)
