@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stablerep.runtime.config import from_yaml, key, parse, run_command
+from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError
 
 

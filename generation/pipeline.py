@@ -72,7 +72,11 @@ class TextToImage:
             chunk = texts[i : i + self.config.batch_size]
             padded = chunk + [""] * (self.config.batch_size - len(chunk))
             tokens = tokenizer(
-                padded, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                padded,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
             )
             rows.append(self.pipe.text_encoder(tokens.input_ids.to(self.device))[0][: len(chunk)])
         return torch.cat(rows)
@@ -84,7 +88,9 @@ class TextToImage:
         `states` [n, tokens, width] belong to the captions `ids`; `numbers` are the images' numbers within them.
         """
         count, pad = len(ids), self.config.batch_size - len(ids)
-        start = torch.stack([noise(self.config.seed, i, j, self.latent_shape) for i, j in zip(ids, numbers, strict=True)])
+        start = torch.stack(
+            [noise(self.config.seed, i, j, self.latent_shape) for i, j in zip(ids, numbers, strict=True)]
+        )
         states = torch.cat([states, self._empty.expand(pad, -1, -1)]) if pad else states
         start = torch.cat([start, torch.zeros(pad, *self.latent_shape)]) if pad else start
         latents = self.denoise(self.pipe, states, start.to(self.device))
@@ -136,7 +142,9 @@ def encode_jpeg(picture: Tensor, quality: int) -> bytes:
     return data
 
 
-def generate_captions(model: TextToImage, captions: list[tuple[str, str]], stopped: Any = None) -> list[list[bytes]] | None:
+def generate_captions(
+    model: TextToImage, captions: list[tuple[str, str]], stopped: Any = None
+) -> list[list[bytes]] | None:
     """JPEGs of every image of every (id, text), or None where `stopped()` came true between two batches."""
     config = model.config
     states = model.encode([text for _, text in captions])

@@ -100,8 +100,10 @@ def resolve(config: GenerateConfig, gpus: int) -> GenerateConfig:
                 config.model, revision=config.revision, ignore_patterns=["*.ckpt", "*.bin", "*.msgpack", "*.onnx*"]
             )
         except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-            raise UsageError(f"cannot fetch model {config.model} from the hub ({type(error).__name__}): "
-                             "give a folder, or fetch it where there is a network") from None
+            raise UsageError(
+                f"cannot fetch model {config.model} from the hub ({type(error).__name__}): "
+                "give a folder, or fetch it where there is a network"
+            ) from None
     return config
 
 
@@ -197,7 +199,9 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
     for k in range(plan.shards):
         sidecar = read_sidecar(run / "shards", k)
         if sidecar is None:
-            raise UsageError(f"shard {shard_name(k)} of {run} is missing or torn: the same generate command makes it again")
+            raise UsageError(
+                f"shard {shard_name(k)} of {run} is missing or torn: the same generate command makes it again"
+            )
         shards.append(
             {"url": f"shards/{shard_name(k)}.tar", "nsamples": sidecar["samples"], "filesize": sidecar["size"],
              "sha256": sidecar["sha256"], "images": sidecar["images"]}

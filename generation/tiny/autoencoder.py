@@ -1,6 +1,6 @@
 """Train the embedded pipeline's autoencoder: a stock AutoencoderKL, 32x32x3 <-> 8x8x16.
 
-    python generation/tiny/autoencoder.py --source FOLDER --minutes 15
+python generation/tiny/autoencoder.py --source FOLDER --minutes 15
 """
 
 import sys

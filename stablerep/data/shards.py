@@ -119,9 +119,7 @@ class DatasetIndex:
         self._max_open = max_open
         self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
 
-    def _add_shard(
-        self, tar: Path, images: int, ids: list[str], rows: list[list[int]], texts: list[list[int]]
-    ) -> None:
+    def _add_shard(self, tar: Path, images: int, ids: list[str], rows: list[list[int]], texts: list[list[int]]) -> None:
         sidecar = read_sidecar(tar.parent, int(tar.stem))
         if sidecar is None:
             raise UsageError(f"shard {tar} is missing or torn; run generation/audit.py on its run")

@@ -1,7 +1,9 @@
 """The run folder: files that are complete or absent, and append-only JSON lines."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
+PACKAGES = ("launch", "generation", "stablerep")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -74,11 +77,18 @@ def record_submission(run: Path, **fields: Any) -> None:
     append_jsonl(run / "jobs.jsonl", {"time": time.time(), **fields})
 
 
-def record_code(run: Path) -> None:
-    """Write `code/`: the commit that ran and the uncommitted diff (once: the first submit's code is the run's code)."""
-    folder = run / "code"
+def freeze_code(run: Path) -> Path:
+    """Copy our packages to RUN/code/<hash> (once for each state of the code), beside the commit and the uncommitted
+    diff, and return that folder: a requeued job runs what was submitted, not tomorrow's working tree."""
+    files = sorted(p for name in PACKAGES for p in (REPO / name).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(str(p.relative_to(REPO)).encode() + p.read_bytes() for p in files))
+    folder = run.resolve() / "code" / digest.hexdigest()[:12]
     if (folder / "commit.txt").exists():
-        return
+        return folder
+    for path in files:
+        target = folder / path.relative_to(REPO)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
     def git(*words: str) -> str:
         result = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
@@ -86,3 +96,4 @@ def record_code(run: Path) -> None:
 
     write_atomic(folder / "diff.patch", git("diff", "HEAD"))
     write_atomic(folder / "commit.txt", git("rev-parse", "HEAD") or "not a git checkout\n")
+    return folder

@@ -1,0 +1,211 @@
+"""Clusters: a YAML file of facts becomes a submitit executor; jobs are submitted, counted and looked up here."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stablerep.runtime.config import key, merge
+from stablerep.runtime.errors import UsageError, WorkError
+from stablerep.runtime.rundir import REPO, freeze_code, read_jsonl, record_submission
+
+LOCAL_MINUTES = 60 * 24 * 365  # on this machine nobody stops a job for its length
+
+
+@dataclass
+class ClusterConfig:
+    """Facts of a cluster; they live in configs/cluster/*.yaml and nowhere else."""
+
+    kind: str = key("slurm", "slurm | local (this machine)")
+    partition: str | None = key(None, "partition")
+    account: str | None = key(None, "account")
+    qos: str | None = key(None, "quality of service")
+    constraint: str | None = key(None, "node features")
+    exclude: str | None = key(None, "nodes never to use")
+    minutes: int = key(240, "wall time of one job; work goes on in the next life of a job")
+    gpus_per_node: int = key(1, "GPUs a node; 0 for CPU nodes")
+    cpus_per_task: int = key(4, "CPUs a task (one task a GPU)")
+    mem_gb: float | None = key(None, "memory a node, GB (default: the partition's)")
+    signal_lead_s: int = key(120, "seconds before the end of the wall time at which a job is warned")
+    max_array_size: int | None = key(None, "Slurm's MaxArraySize (default: ask scontrol)")
+    setup: list[str] = key([], "shell lines before the work starts (modules, environment)")
+    extra: dict[str, str] = key({}, "further sbatch options, such as {reservation: team}")
+
+
+def load_cluster(name: str, gpus_per_node: int | None = None) -> ClusterConfig:
+    """The cluster that `--cluster` names; `gpus_per_node` replaces the file's. Raises UsageError."""
+    if name == "auto":
+        name = "slurm" if shutil.which("sbatch") else "local"
+    known = sorted(p.stem for p in (REPO / "configs" / "cluster").glob("*.yaml"))
+    path = REPO / "configs" / "cluster" / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise UsageError(f"--cluster {name}: neither one of {', '.join(known)} nor a file")
+    cluster = merge(ClusterConfig, [str(path)], {})
+    if cluster.kind not in ("slurm", "local"):
+        raise UsageError(f"{path}: kind must be slurm or local")
+    if cluster.kind == "slurm" and not shutil.which("sbatch"):
+        raise UsageError(f"--cluster {name} is a Slurm cluster and there is no sbatch here: use --cluster local")
+    if gpus_per_node is not None:
+        cluster = replace(cluster, gpus_per_node=gpus_per_node)
+    return cluster
+
+
+@dataclass
+class Shape:
+    """What one job asks for."""
+
+    name: str
+    nodes: int = 1
+    tasks_per_node: int = 1
+    gpus_per_node: int = 0
+
+
+def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]]) -> list[str]:
+    """Submit one job a task and return their ids; many go as arrays no longer than MaxArraySize.
+
+    What was submitted is appended to jobs.jsonl. Raises UsageError where sbatch refuses.
+    """
+    from submitit.core.utils import FailedJobError
+
+    logs = run / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    code = freeze_code(run)
+    ids: list[str] = []
+    with _environment(code):
+        for chunk in _chunks(cluster, tasks):
+            executor = _executor(cluster, run, shape)
+            try:
+                with executor.batch():
+                    jobs = [executor.submit(task) for task in chunk]
+                ids += (new := [job.job_id for job in jobs])
+            except FailedJobError as error:
+                raise UsageError(f"Slurm refused the job: {_sbatch_reason(str(error))}") from None
+            except subprocess.CalledProcessError as error:
+                raise UsageError(f"Slurm refused the job: {_sbatch_reason(str(error.output or error))}") from None
+            record_submission(run, kind=cluster.kind, name=shape.name, jobs=new, nodes=shape.nodes, code=code.name)
+    return ids
+
+
+def render_scripts(cluster: ClusterConfig, run: Path, shape: Shape, jobs: int) -> list[str]:
+    """The exact sbatch scripts that `submit` would write, one an array; none on this machine."""
+    if cluster.kind == "local":
+        return []
+    scripts = []
+    for chunk in _chunks(cluster, [None] * jobs):
+        executor = _executor(cluster, run, shape)._executor
+        if len(chunk) > 1:
+            executor.parameters["map_count"] = len(chunk)
+        scripts.append(executor._make_submission_file_text(executor._submitit_command_str, "UID"))
+    return scripts
+
+
+def still_active(run: Path, name: str) -> list[str]:
+    """Ids of this run's jobs called `name` that are queued or running. Raises WorkError where Slurm does not answer."""
+    active: list[str] = []
+    for record in read_jsonl(run / "jobs.jsonl"):
+        if record.get("name") != name:
+            continue
+        if record["kind"] == "local":
+            active += [job for job in record["jobs"] if _is_local_job(int(job))]
+        else:
+            listed = _squeue(sorted({job.split("_")[0] for job in record["jobs"]}))
+            active += [job for job in record["jobs"] if job in listed]
+    return active
+
+
+def _chunks(cluster: ClusterConfig, tasks: list[Any]) -> Iterator[list[Any]]:
+    size = 1 if cluster.kind == "local" else _max_array_size(cluster)
+    for i in range(0, len(tasks), size):
+        yield tasks[i : i + size]
+
+
+def _max_array_size(cluster: ClusterConfig) -> int:
+    if cluster.max_array_size is not None:
+        return cluster.max_array_size
+    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.M)
+    return int(found[1]) if found else 1001
+
+
+def _executor(cluster: ClusterConfig, run: Path, shape: Shape) -> Any:
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=run / "logs", cluster=cluster.kind)
+    executor.update_parameters(
+        name=shape.name,
+        tasks_per_node=shape.tasks_per_node,
+        gpus_per_node=shape.gpus_per_node,
+        nodes=shape.nodes,
+        timeout_min=cluster.minutes if cluster.kind == "slurm" else LOCAL_MINUTES,
+        stderr_to_stdout=True,
+    )
+    if cluster.kind == "local":
+        return executor
+    many = shape.nodes * shape.tasks_per_node > 1
+    options: dict[str, Any] = {"requeue": True, **cluster.extra}
+    if cluster.exclude:
+        options["exclude"] = cluster.exclude
+    executor.update_parameters(
+        cpus_per_task=cluster.cpus_per_task,
+        slurm_signal_delay_s=cluster.signal_lead_s,
+        slurm_array_parallelism=1 << 20,
+        slurm_additional_parameters=options,
+        slurm_setup=cluster.setup or None,
+        # srun does not inherit --cpus-per-task; one dead rank of a training job ends the others.
+        slurm_srun_args=[f"--cpus-per-task={cluster.cpus_per_task}", *(["--kill-on-bad-exit=1"] if many else [])],
+    )
+    named = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    named["constraint"] = cluster.constraint
+    executor.update_parameters(**{f"slurm_{k}": v for k, v in named.items() if v})
+    if cluster.mem_gb:
+        executor.update_parameters(mem_gb=cluster.mem_gb)
+    if not shape.gpus_per_node:
+        executor._executor.parameters.pop("gpus_per_node", None)
+    return executor
+
+
+@contextmanager
+def _environment(code: Path) -> Iterator[None]:
+    """The environment that jobs inherit: the frozen code first, nothing of a job that we may be inside of; and no
+    Ctrl-C of this terminal for local workers."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF":
+            del os.environ[name]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _sbatch_reason(text: str) -> str:
+    reasons = re.findall(r"sbatch: (?:error: )?(.+)", text)
+    return "; ".join(dict.fromkeys(r.strip() for r in reasons)) or text.strip().splitlines()[-1]
+
+
+def _squeue(jobs: list[str]) -> set[str]:
+    """Of these job ids, the elements that Slurm still has to run or is running (`12` or `12_3`)."""
+    command = ["squeue", "-h", "-r", "-o", "%i", "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED", "-j"]
+    result = subprocess.run([*command, ",".join(jobs)], capture_output=True, text=True)
+    if result.returncode and "Invalid job id" not in result.stderr:
+        reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "squeue failed"
+        raise WorkError(f"Slurm does not answer ({reason}); the run folder is safe, try again")
+    return set(result.stdout.split())
+
+
+def _is_local_job(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z" and b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

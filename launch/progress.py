@@ -1,0 +1,56 @@
+"""Progress of a run from its files: a live bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Where a run stands: done and total units (images or steps), and whether it is complete."""
+
+    done: int
+    total: int
+    complete: bool
+    detail: str = ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def watch(look: Callable[[], Progress], active: Callable[[], bool], unit: str, until_idle: bool = True) -> bool:
+    """Show progress until the run is complete or no job is left; whether it is complete. Ctrl-C detaches."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    start, first, spoken = time.monotonic(), look().done, -1e9
+    with console.status("starting") if console.is_terminal else _nothing() as status:
+        while True:
+            alive = active()  # asked before the files are read: what ended in between is seen there
+            seen = look()
+            elapsed = time.monotonic() - start
+            rate = (seen.done - first) / elapsed if elapsed > 0 else 0.0
+            eta = duration((seen.total - seen.done) / rate) if rate > 0 else "?"
+            line = f"{seen.done}/{seen.total} {unit}  {rate:.1f} {unit}/s  ETA {eta}  {seen.detail}".rstrip()
+            over = seen.complete or (until_idle and not alive)
+            if status is not None:
+                status.update(line)
+            elif over or elapsed - spoken >= 10:
+                spoken = elapsed
+                print(line, flush=True)
+            if over:
+                return seen.complete
+            time.sleep(0.5)
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
