@@ -125,9 +125,7 @@ def _select(database: Any, path: str, column: str | None, spill: Path) -> str:
     wanted = [column] if column else COLUMNS
     chosen = next((p for w in wanted for p in present if p.lower() == w.lower()), None)
     if chosen is None:
-        raise UsageError(
-            f"{path} has no column {' or '.join(wanted)}; it has {', '.join(present)}: --caption-column NAME"
-        )
+        raise UsageError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(present)}: --caption-column NAME")
     quoted = '"' + chosen.replace('"', '""') + '"'
     return f"SELECT CAST({quoted} AS VARCHAR) AS x FROM {reader}"
 

@@ -39,6 +39,7 @@ class TextToImage:
         from diffusers.utils import logging
 
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
@@ -88,9 +89,7 @@ class TextToImage:
         `states` [n, tokens, width] belong to the captions `ids`; `numbers` are the images' numbers within them.
         """
         count, pad = len(ids), self.config.batch_size - len(ids)
-        start = torch.stack(
-            [noise(self.config.seed, i, j, self.latent_shape) for i, j in zip(ids, numbers, strict=True)]
-        )
+        start = torch.stack([noise(self.config.seed, i, j, self.latent_shape) for i, j in zip(ids, numbers, strict=True)])
         states = torch.cat([states, self._empty.expand(pad, -1, -1)]) if pad else states
         start = torch.cat([start, torch.zeros(pad, *self.latent_shape)]) if pad else start
         latents = self.denoise(self.pipe, states, start.to(self.device))
@@ -142,9 +141,7 @@ def encode_jpeg(picture: Tensor, quality: int) -> bytes:
     return data
 
 
-def generate_captions(
-    model: TextToImage, captions: list[tuple[str, str]], stopped: Any = None
-) -> list[list[bytes]] | None:
+def generate_captions(model: TextToImage, captions: list[tuple[str, str]], stopped: Any = None) -> list[list[bytes]] | None:
     """JPEGs of every image of every (id, text), or None where `stopped()` came true between two batches."""
     config = model.config
     states = model.encode([text for _, text in captions])

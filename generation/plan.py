@@ -199,9 +199,7 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
     for k in range(plan.shards):
         sidecar = read_sidecar(run / "shards", k)
         if sidecar is None:
-            raise UsageError(
-                f"shard {shard_name(k)} of {run} is missing or torn: the same generate command makes it again"
-            )
+            raise UsageError(f"shard {shard_name(k)} of {run} is missing or torn: the same generate command makes it again")
         shards.append(
             {"url": f"shards/{shard_name(k)}.tar", "nsamples": sidecar["samples"], "filesize": sidecar["size"],
              "sha256": sidecar["sha256"], "images": sidecar["images"]}

@@ -125,9 +125,7 @@ class _Worker:
             self.events.write("released", shard=shard, signal=self.stop.requested)
             return
         settings = public_settings(self.config)
-        samples = [
-            Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)
-        ]
+        samples = [Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)]
         extra = {
             "made_by": self.events.name,
             "attention": self.model.attention,

@@ -88,9 +88,7 @@ def _wait(run: Path) -> int:
         return 0
     for line in set_aside(run):
         print(line, file=sys.stderr)
-    print(
-        f"error: {run} is incomplete and no job is left; {run}/logs says why, the same command resumes", file=sys.stderr
-    )
+    print(f"error: {run} is incomplete and no job is left; {run}/logs says why, the same command resumes", file=sys.stderr)
     return 3
 
 

@@ -87,9 +87,8 @@ class TrainTask:
         events = Events(run, process_name(f"train-{rank}"))
         life = f"{where.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         events.write("started", rank=rank, world=world, host=socket.gethostname(), life=life)
-        from stablerep.train import train
-
         from stablerep.runtime import dist
+        from stablerep.train import train
 
         try:
             store = _meet(run, life, rank, world, one_node=where.num_nodes == 1)

@@ -63,9 +63,7 @@ def describe(run: Path) -> list[str]:
         now = time.time()
         holders = [f"{p.stem} ({now - p.stat().st_mtime:.0f} s)" for p in leases if p.exists()]
         lines = [f"{rate:.2f} images/s a worker, over {len(commits)} shards"] if commits else []
-        lines += (
-            [f"leases (age of the last heartbeat): {' '.join(holders[:8])}"] if holders and not seen.complete else []
-        )
+        lines += [f"leases (age of the last heartbeat): {' '.join(holders[:8])}"] if holders and not seen.complete else []
         lines += set_aside(run)
     elif (run / "train.json").exists():
         seen, unit = training_progress(run), "steps"
@@ -80,9 +78,7 @@ def describe(run: Path) -> list[str]:
     lines += [", ".join(f"{v} {k}" for k, v in counts.items() if v)] if any(counts.values()) else []
     if events and not seen.complete:
         last = max(events, key=lambda e: e["time"])
-        lines.append(
-            f"last event {duration(max(0, time.time() - last['time']))} ago: {last['process']} {last['event']}"
-        )
+        lines.append(f"last event {duration(max(0, time.time() - last['time']))} ago: {last['process']} {last['event']}")
     state = "complete" if seen.complete else f"{100 * seen.done / max(1, seen.total):.1f} %"
     return [f"{run}: {state}, {seen.done}/{seen.total} {unit}", *(f"  {line}" for line in lines)]
 
