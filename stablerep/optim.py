@@ -8,7 +8,8 @@ from torch import nn
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices are decayed; biases, norms, CLS token and position embedding are not."""
-    decayed, free = [], []
+    decayed: list[Any] = []
+    free: list[Any] = []
     for name, p in model.named_parameters():
         small = p.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
         (free if small else decayed).append(p)

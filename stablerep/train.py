@@ -126,6 +126,7 @@ def train(run: Path, stop: StopFlag, events: Events) -> str:
                     "time": time.time(),
                 }
                 append_jsonl(run / "metrics.jsonl", record)
+                assert board is not None
                 for name in ("loss", "lr", "images_per_s"):
                     board.add_scalar(name, record[name], done)
                 print(f"step {done}/{steps}  loss {mean:.4f}  {record['images_per_s']:.0f} images/s", flush=True)

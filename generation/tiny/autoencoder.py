@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     pictures, _ = generator_part(Path(config.source))
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 48),

@@ -119,7 +119,7 @@ def save(out: Path, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, sche
 
     from diffusers import StableDiffusionPipeline
 
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokenizer,
@@ -128,7 +128,8 @@ def save(out: Path, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, sche
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(out)
+    )
+    pipeline.save_pretrained(out)
 
 
 def main(argv: list[str]) -> int:
@@ -142,12 +143,12 @@ def main(argv: list[str]) -> int:
 
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    vae = AutoencoderKL.from_pretrained(config.vae).eval()
+    vae: Any = AutoencoderKL.from_pretrained(config.vae).eval()
     latents, colours, labels = encode_pictures(vae, *generator_part(Path(config.source)), 2, random)
     print(f"{len(latents)} latents, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}", flush=True)
     tokenizer = build_tokenizer(REPO / "build" / "tiny" / "tokenizer")
     text_encoder, unet = build_text_encoder(tokenizer), build_unet()
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -175,7 +176,10 @@ def main(argv: list[str]) -> int:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / 200) * 0.5 * (1 + np.cos(np.pi * done))
         rows = random.integers(len(latents), size=config.batch)
-        texts = [caption(colours[r], labels[r], t) for r, t in zip(rows, random.integers(len(TEMPLATES), size=len(rows)))]
+        texts = [
+            caption(colours[r], labels[r], t)
+            for r, t in zip(rows, random.integers(len(TEMPLATES), size=len(rows)), strict=True)
+        ]
         texts = ["" if random.random() < 0.1 else text for text in texts]
         tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
         x = latents[rows].float()

@@ -150,7 +150,7 @@ def _split(cls: type, argv: Sequence[str], positional: str | None) -> tuple[list
         is_bool = field is not None and field.type in (bool, bool | None)
         is_list = field is not None and typing.get_origin(field.type) is list
         if not has_value:
-            taken = []
+            taken: list[str] = []
             while rest and not rest[0].startswith("--") and (is_list or not taken):
                 if is_bool and rest[0].lower() not in _BOOLS:
                     break
