@@ -1,0 +1,96 @@
+"""The losses against NumPy pseudocode of the papers, lightly, and over real gloo ranks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from stablerep.losses import multi_positive_loss, nt_xent_loss
+
+
+def oracle(features, ids, temperature):
+    """StableRep's pseudocode: cross-entropy between the softmax of similarities and the uniform positives."""
+    logits = features @ features.T / temperature
+    total = 0.0
+    for i in range(len(features)):
+        others = [k for k in range(len(features)) if k != i]
+        row = logits[i, others]
+        log_p = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        p = np.array([ids[k] == ids[i] for k in others], float)
+        if p.sum():
+            total -= (p / p.sum() * log_p).sum()
+    return total / len(features)
+
+
+def make(n=24, width=8, seed=0, ids=None):
+    g = torch.Generator().manual_seed(seed)
+    features = torch.nn.functional.normalize(torch.randn(n, width, generator=g, dtype=torch.float64), dim=1).float()
+    return features, torch.tensor(ids if ids is not None else [i // 4 for i in range(n)])
+
+
+@pytest.mark.parametrize("ids", [None, [7, 7, 3, 3, 3, 7, 1, 9] * 3, list(range(24)), [5] * 24])
+def test_value_against_numpy(ids):
+    features, ids = make(ids=ids)
+    ours = multi_positive_loss(features, ids, 0.1)
+    assert abs(ours.item() - oracle(features.double().numpy(), ids.numpy(), 0.1)) < 1e-5
+    assert torch.isfinite(ours)
+
+
+def test_gradient_against_finite_differences():
+    features, ids = make(8, 4)
+    x = features.clone().requires_grad_()
+    multi_positive_loss(x, ids, 0.2).backward()
+    base = features.double().numpy()
+    for i, d in [(0, 0), (3, 2), (7, 3)]:
+        up, down = base.copy(), base.copy()
+        up[i, d] += 1e-5
+        down[i, d] -= 1e-5
+        expected = (oracle(up, ids.numpy(), 0.2) - oracle(down, ids.numpy(), 0.2)) / 2e-5
+        assert abs(x.grad[i, d].item() - expected) < 1e-4
+
+
+def test_nt_xent_against_lightly():
+    from lightly.loss import NTXentLoss
+
+    a, _ = make(16, seed=1)
+    b, _ = make(16, seed=2)
+    ours = nt_xent_loss(torch.cat([a, b]), torch.arange(16).repeat(2), 0.5)
+    assert abs(ours.item() - NTXentLoss(0.5)(a, b).item()) < 1e-5
+
+
+def _rank(rank, world, folder, out):
+    import torch.distributed as td
+
+    from stablerep.heads import GatheredBatchNorm
+    from stablerep.runtime import dist
+
+    torch.set_num_threads(1)
+    if world > 1:
+        td.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    layer, norm = torch.nn.Linear(8, 6), GatheredBatchNorm(6)
+    x, ids = make(24, ids=[0, 0, 1, 1, 2, 0, 3, 3] * 3)
+    each = 24 // world
+    own = slice(rank * each, (rank + 1) * each)
+    features = torch.nn.functional.normalize(norm(layer(x[own])), dim=1)
+    gathered, every = dist.gather_features(features), dist.gather_ids(ids[own])
+    loss = multi_positive_loss(features, ids[own], 0.1, all_features=gathered, all_caption_ids=every, offset=rank * each)
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in (layer.weight, norm.weight, norm.bias)])
+    value = loss.detach().clone()
+    if world > 1:  # what DDP and DeepSpeed do
+        td.all_reduce(grads)
+        td.all_reduce(value)
+    if rank == 0:
+        torch.save((value / world, grads / world), out)
+    if world > 1:
+        td.barrier()
+        td.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_loss_and_gradient_on_any_number_of_ranks(tmp_path, world):
+    _rank(0, 1, tmp_path, tmp_path / "one")
+    mp.spawn(_rank, (world, str(tmp_path), str(tmp_path / "many")), nprocs=world)
+    (one, g1), (many, g2) = torch.load(tmp_path / "one"), torch.load(tmp_path / "many")
+    assert abs(one - many) < 1e-6 and (g1 - g2).abs().max() < 1e-6 and g1.abs().max() > 1e-3
