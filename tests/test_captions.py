@@ -6,13 +6,22 @@ import json
 import duckdb
 import pandas
 import pytest
-from conftest import command
+from helpers import command
 
 from generation.captions import prepare, read_captions
 from generation.identity import caption_id, noise
 from stablerep.runtime.errors import UsageError
 
-TEXTS = ["a red sandal", 'she said "hi", twice', "  spaced\u00a0", "tab is gone", "naïve ☃ 日本", "a red sandal", "", " \u2003 "]
+TEXTS = [
+    "a red sandal",
+    'she said "hi", twice',
+    "  spaced\u00a0",
+    "tab is gone",
+    "naïve ☃ 日本",
+    "a red sandal",
+    "",
+    " \u2003 ",
+]
 UNIQUE = {t.strip() for t in TEXTS} - {""}
 
 
@@ -26,7 +35,9 @@ def write(folder, kind):
     elif kind == "txt.zst":
         text = folder / "plain.csv"
         frame.to_csv(text, index=False)
-        duckdb.sql(f"COPY (SELECT caption FROM read_csv('{text}', all_varchar=true)) TO '{folder}/captions.csv.zst' (COMPRESSION zstd)")
+        duckdb.sql(
+            f"COPY (SELECT caption FROM read_csv('{text}', all_varchar=true)) TO '{folder}/captions.csv.zst' (COMPRESSION zstd)"
+        )
         path = folder / "captions.csv.zst"
     elif kind in ("csv", "csv.gz"):
         frame.to_csv(path, index=False)

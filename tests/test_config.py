@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from conftest import command
+from helpers import command
 
 from stablerep.runtime.config import from_yaml, key, merge, parse, to_yaml
 from stablerep.runtime.errors import UsageError

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SMALL, command, kill_all, local_pids, shard_bytes, wait_for
+from helpers import REPO, SMALL, command, kill_all, local_pids, shard_bytes, wait_for
 
 from generation.lease import Leases
 from stablerep.runtime.events import read_events
@@ -33,7 +33,9 @@ def test_shard_size_batch_place_and_subset_do_not_change_an_image(captions, refe
     from stablerep.data.shards import DatasetIndex
 
     small = [*SMALL[:2], "--captions-per-shard", "5", *SMALL[4:]]
-    done = command("launch/generate.py", "--captions", captions, "--out", tmp_path / "r", "--cluster", "local", *small, "--limit", "7")
+    done = command(
+        "launch/generate.py", "--captions", captions, "--out", tmp_path / "r", "--cluster", "local", *small, "--limit", "7"
+    )
     assert done.returncode == 0, done.stderr
     old, new = DatasetIndex([reference]), DatasetIndex([tmp_path / "r"])
     assert new.ids == old.ids[:7]
@@ -48,7 +50,9 @@ def test_sigkill_at_random_moments_loses_nothing(captions, reference, tmp_path):
             wait_for(lambda: len(local_pids(run)) >= 4 or (run / "dataset.json").exists(), 60, "two workers")
             before = len(list((run / "shards").glob("*.json")))
             wait_for(
-                lambda n=before: len(list((run / "shards").glob("*.json"))) > n or (run / "dataset.json").exists(), 120, "a shard"
+                lambda n=before: len(list((run / "shards").glob("*.json"))) > n or (run / "dataset.json").exists(),
+                120,
+                "a shard",
             )
             time.sleep(chance.uniform(0, 0.3))  # the moment of the kill, not a wait for something
             kill_all(run)
@@ -59,17 +63,19 @@ def test_sigkill_at_random_moments_loses_nothing(captions, reference, tmp_path):
     assert shard_bytes(run) == shard_bytes(reference)
 
 
-def test_term_releases_the_lease_and_the_same_command_resumes(captions, reference, tmp_path):
+def test_term_releases_the_lease_and_the_same_command_resumes(tmp_path):
     run = tmp_path / "run"
-    assert generate(captions, run, "--wait", "false").returncode == 0
+    words = [REPO / "assets" / "captions.txt", run, "--limit", "45", "--steps", "25"]
+    assert generate(*words, "--wait", "false").returncode == 0
     wait_for(lambda: any(e["event"] == "claimed" for e in read_events(run)), 60, "a claim")
     pid = int(next(e for e in read_events(run) if e["event"] == "claimed")["process"].rsplit("-", 1)[1])
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not local_pids(run), 60, "a clean stop")
-    assert not list((run / "leases").glob("*.lease"))
-    assert [e["outcome"] for e in read_events(run) if e["event"] == "ended"] in (["stopped"], ["done"])
-    assert generate(captions, run).returncode == 0
-    assert shard_bytes(run) == shard_bytes(reference)
+    assert not list((run / "leases").glob("*.lease")) and not (run / "dataset.json").exists()
+    assert [e["outcome"] for e in read_events(run) if e["event"] == "ended"] == ["stopped"]
+    assert command("launch/status.py", run).returncode == 3
+    assert generate(*words).returncode == 0
+    assert command("generation/audit.py", run, "--remake", "2").returncode == 0
 
 
 def test_resume_with_other_pixels_is_refused(captions, reference):

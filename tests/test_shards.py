@@ -8,7 +8,7 @@ import tarfile
 
 import duckdb
 import pytest
-from conftest import REPO, shard_bytes
+from helpers import REPO, shard_bytes
 
 from generation.identity import caption_id
 from stablerep.data.shards import DatasetIndex, Sample, encode_shard, read_sidecar, write_shard

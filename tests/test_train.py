@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, command, kill_all, local_pids, wait_for
+from helpers import REPO, command, kill_all, local_pids, wait_for
 
 from stablerep.data.augment import augment, crop, draw
 from stablerep.data.order import Order
@@ -86,9 +86,23 @@ def test_bad_requests_are_one_line(reference, unbroken, tmp_path):
         (["--method", "dinosaur"], "none of"),
         (["--data", str(tmp_path)], "dataset.json"),
     ]:
-        done = command(
-            "launch/train.py", "--data", reference, "--out", tmp_path / "x", "--cluster", "local", *FAST, "--nodes", "2", *more
-        ) if "--data" not in more else command("launch/train.py", "--out", tmp_path / "x", "--cluster", "local", *FAST, *more)
+        done = (
+            command(
+                "launch/train.py",
+                "--data",
+                reference,
+                "--out",
+                tmp_path / "x",
+                "--cluster",
+                "local",
+                *FAST,
+                "--nodes",
+                "2",
+                *more,
+            )
+            if "--data" not in more
+            else command("launch/train.py", "--out", tmp_path / "x", "--cluster", "local", *FAST, *more)
+        )
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "x").exists()
     other = train(reference, unbroken, "--nodes", "2", "--seed", "5")

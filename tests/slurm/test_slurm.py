@@ -1,0 +1,128 @@
+"""Generation and training on a real Slurm: equal bytes, requeue, kill, node loss, preemption, MaxArraySize, refusals."""
+
+import os
+import signal
+
+import pytest
+from helpers import REPO, SMALL, command, shard_bytes
+from lab import Lab
+from slurm_need import need
+
+from stablerep.runtime.events import read_events
+from stablerep.runtime.rundir import read_jsonl
+
+
+def ours(lab, *words):
+    return command(*words, SLURM_CONF=str(lab.conf), PATH=lab.env["PATH"])
+
+
+def generate(lab, captions, run, *more):
+    return ours(lab, "launch/generate.py", "--captions", captions, "--out", run, "--cluster", "test", *SMALL, *more)
+
+
+def idle(lab):
+    return not lab.call("squeue", "-h").stdout.strip()
+
+
+def test_array_over_four_nodes_equals_the_local_run(lab, captions, reference, tmp_path):
+    done = generate(lab, captions, tmp_path / "run", "--nodes", "4", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shard_bytes(tmp_path / "run") == shard_bytes(reference)
+    (record,) = read_jsonl(tmp_path / "run" / "jobs.jsonl")
+    assert [j.split("_")[1] for j in record["jobs"]] == ["0", "1", "2", "3"]
+    assert generate(lab, captions, tmp_path / "run", "--nodes", "2").stdout.strip().endswith("nothing to do")
+
+
+def test_requeue_kill_and_node_loss_lose_nothing(lab, tmp_path):
+    captions = REPO / "assets" / "captions.txt"
+    words = [captions, tmp_path / "run", "--limit", "60", "--steps", "40", "--lease-timeout-s", "3", "--nodes", "4"]
+    run = tmp_path / "run"
+    assert generate(lab, *words).returncode == 0
+
+    def claims():
+        return {e["process"] for e in read_events(run) if e["event"] == "claimed"}
+
+    lab.until(lambda: len(claims()) >= 3, 180, "three workers at work")
+    by_task = {p.split("_")[1].split("-")[0]: p for p in claims()}
+    first, second, third = list(by_task)[:3]
+    array = next(iter(by_task.values())).split("-")[2].split("_")[0]
+    assert lab.call("scontrol", "requeue", f"{array}_{first}").returncode == 0
+    os.kill(int(by_task[second].rsplit("-", 1)[1]), signal.SIGKILL)
+    node = lab.call("squeue", "-h", "-r", "-j", f"{array}_{third}", "-o", "%N").stdout.strip()
+    if node:
+        assert lab.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test").returncode == 0
+    lab.until(lambda: (run / "dataset.json").exists(), 300, "the dataset")
+    lab.until(lambda: idle(lab), 120, "an empty queue")
+    lab.call("scontrol", "update", "nodename=node[1-4]", "state=resume")
+    assert any("-r1-" in e["process"] for e in read_events(run)), "the requeued element came back"
+    audit = command("generation/audit.py", run, "--remake", "2")
+    assert audit.returncode == 0 and "all sound (complete)" in audit.stdout, audit.stdout
+
+
+def test_signalled_element_releases_and_requeues_itself(lab, tmp_path):
+    run = tmp_path / "run"
+    words = [REPO / "assets" / "captions.txt", run, "--limit", "30", "--steps", "40", "--nodes", "2"]
+    assert generate(lab, *words).returncode == 0
+    lab.until(lambda: any(e["event"] == "claimed" for e in read_events(run)), 120, "a claim")
+    process = next(e["process"] for e in read_events(run) if e["event"] == "claimed")
+    job = process.split("-")[2]
+    lab.call("scancel", "--signal=USR2", job)
+    lab.until(lambda: any(e["event"] == "requeued" for e in read_events(run)), 60, "the requeue")
+    assert [e["job"] for e in read_events(run) if e["event"] == "requeued"] == [job]
+    lab.until(lambda: (run / "dataset.json").exists() and idle(lab), 240, "the dataset")
+
+
+def test_arrays_are_split_at_max_array_size(lab, captions, tmp_path):
+    one = ["--captions-per-shard", "1", "--nodes", "12"]
+    done = generate(lab, captions, tmp_path / "run", *one, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "--array=0-10%" in done.stdout and done.stdout.count("#!/bin/bash") == 2
+    assert "--signal=USR2@30" in done.stdout and "--requeue" in done.stdout
+    assert generate(lab, captions, tmp_path / "run", *one).returncode == 0
+    assert [len(r["jobs"]) for r in read_jsonl(tmp_path / "run" / "jobs.jsonl")] == [11, 1]
+    lab.until(lambda: (tmp_path / "run" / "dataset.json").exists() and idle(lab), 300, "the dataset")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("partition: nope", "partition"), ("constraint: h900", "eature"), ("exclude: nodule", "node name")]
+)
+def test_what_slurm_refuses_is_one_line(lab, captions, tmp_path, key, words):
+    (tmp_path / "bad.yaml").write_text(f"kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\n{key}\n")
+    done = generate(lab, captions, tmp_path / "run", "--cluster", str(tmp_path / "bad.yaml"))
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_gpu_nodes_run_a_worker_a_gpu(lab, captions, tmp_path):
+    done = generate(lab, captions, tmp_path / "run", "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
+    assert "--gpus-per-node=2" in done.stdout and "--ntasks-per-node=2" in done.stdout and "fp16" in done.stdout
+
+
+def test_two_node_training_is_preempted_requeues_itself_and_ends(lab, reference, tmp_path):
+    run = tmp_path / "train"
+    words = [
+        "launch/train.py", "--config", str(REPO / "configs/train/demo.yaml"), "--data", reference, "--out", run,
+        "--cluster", "test", "--nodes", "2", "--global-batch", "16", "--steps", "400", "--log-every", "1",
+        "--checkpoint-every", "100", "--head-hidden", "32", "--head-out", "16",
+    ]  # fmt: skip
+    done = ours(lab, *words)
+    assert done.returncode == 0, done.stderr
+    lab.until(lambda: (run / "metrics.jsonl").exists(), 180, "a step")
+    high = lab.call("sbatch", "--parsable", "-p", "high", "-N4", "-c4", "-o", "/dev/null", "--wrap", "sleep 3600")
+    assert high.returncode == 0, high.stderr
+    lab.until(lambda: any(e["event"] == "requeued" for e in read_events(run)), 120, "the requeue")
+    lab.call("scancel", high.stdout.strip())
+    lab.until(lambda: (run / "final" / "encoder.safetensors").exists() and idle(lab), 240, "the encoder")
+    resumed = [e for e in read_events(run) if e["event"] == "resumed"]
+    assert len(resumed) == 2 and resumed[0]["step"] > 0 and {e["process"].split("-")[1] for e in resumed} == {"0", "1"}
+    steps = [r["step"] for r in read_jsonl(run / "metrics.jsonl")]
+    assert steps == list(range(1, 401)), "saved at the signal: no step was lost or done twice"
+    assert len(list(read_jsonl(run / "jobs.jsonl"))) == 1
+
+
+def test_with_accounting(captions, reference, tmp_path):
+    need(True)
+    with Lab(nodes=2, accounting=True) as other:
+        done = generate(other, captions, tmp_path / "run", "--nodes", "2", "--wait")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert shard_bytes(tmp_path / "run") == shard_bytes(reference)
+        other.until(lambda: "COMPLETED" in other.call("sacct", "-X", "-n", "-o", "state").stdout, 60, "sacct")
