@@ -20,6 +20,6 @@ test: install
 	$(PY) -m pytest tests
 
 check: install
-	.venv/bin/ruff format --check launch generation stablerep tests benchmarks
-	.venv/bin/ruff check launch generation stablerep tests benchmarks
+	.venv/bin/ruff format --check launch generation stablerep tests
+	.venv/bin/ruff check launch generation stablerep tests
 	.venv/bin/mypy

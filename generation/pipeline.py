@@ -37,11 +37,13 @@ class TextToImage:
     def _load(self, dtype: str) -> Any:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
         from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
                 self.config.model, dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False,

@@ -1,12 +1,13 @@
 """Clusters: a YAML file of facts becomes a submitit executor; jobs are submitted, counted and looked up here."""
 
+import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ class Shape:
     gpus_per_node: int = 0
 
 
-def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]]) -> list[str]:
+def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]], fresh: bool) -> list[str]:
     """Submit one job a task and return their ids; many go as arrays no longer than MaxArraySize.
 
-    What was submitted is appended to jobs.jsonl. Raises UsageError where sbatch refuses.
+    What was submitted is appended to jobs.jsonl. Raises UsageError where sbatch refuses; a `fresh` run folder (made by
+    this very command) is then removed again.
     """
     from submitit.core.utils import FailedJobError
 
@@ -81,13 +83,14 @@ def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable
         for chunk in _chunks(cluster, tasks):
             executor = _executor(cluster, run, shape)
             try:
-                with executor.batch():
+                with redirect_stderr(said := io.StringIO()), executor.batch():
                     jobs = [executor.submit(task) for task in chunk]
                 ids += (new := [job.job_id for job in jobs])
-            except FailedJobError as error:
-                raise UsageError(f"Slurm refused the job: {_sbatch_reason(str(error))}") from None
-            except subprocess.CalledProcessError as error:
-                raise UsageError(f"Slurm refused the job: {_sbatch_reason(str(error.output or error))}") from None
+            except (FailedJobError, subprocess.CalledProcessError) as error:
+                if fresh and not ids:
+                    shutil.rmtree(run)
+                reason = _sbatch_reason(f"{error} {getattr(error, 'output', '')} {said.getvalue()}")
+                raise UsageError(f"Slurm refused the job: {reason}") from None
             record_submission(run, kind=cluster.kind, name=shape.name, jobs=new, nodes=shape.nodes, code=code.name)
     return ids
 

@@ -79,9 +79,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     first = Path(config.checkpoint[0])
     out = Path(config.out) if config.out else first.parent if first.is_file() else first
     encoders = [(name, load_encoder(name)) for name in config.checkpoint]
-    description = read_json(
-        (first if first.is_dir() else first.parent) / ("final/config.json" if first.is_dir() else "config.json")
-    )
+    folder = first.parent if first.is_file() else first if (first / "config.json").exists() else first / "final"
+    description = read_json(folder / "config.json")
     for seed in range(config.random_encoders):
         torch.manual_seed(1000 + seed)
         encoders.append((f"random-{seed}", create(description)))

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     gpus = cluster.gpus_per_node
     config = resolve(part(GenerateConfig, command), gpus)
     run = Path(config.out).resolve()
+    fresh = not run.exists()
     if (run / "plan.json").exists():
         check_resume(config)
         plan = load_plan(run)
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
     missing = max(0, wanted - len(active))
     if missing:
         _forget_failures(run)
-        ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus) for _ in range(missing)])
+        ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus) for _ in range(missing)], fresh)
         print(f"submitted {len(ids)} jobs: {' '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}")
     else:
         print(f"{len(active)} jobs are already queued or running")

@@ -12,8 +12,10 @@ h1{font-size:30px;margin-bottom:4px} h2{margin-top:44px;font-size:21px} .sub{col
 .cards{display:grid;grid-template-columns:1fr 1fr;gap:14px} .card{border:1px solid #e3e7ee;border-radius:10px;padding:10px 12px}
 .card p{margin:0 0 6px;font-size:14px;color:#3b4656} img.px{image-rendering:pixelated;width:64px;height:64px;margin-right:2px}
 table{border-collapse:collapse;width:100%} td,th{padding:7px 10px;border-bottom:1px solid #e3e7ee;text-align:right}
-td:first-child,th:first-child{text-align:left} tr.best td{font-weight:600;background:#f0f7f2} .note{color:#5d6877;font-size:14px}
-.facts{display:flex;gap:34px;margin:22px 0} .facts b{display:block;font-size:24px} .strip td{text-align:center;border:0;padding:3px}
+td:first-child,th:first-child{text-align:left}
+tr.best td{font-weight:600;background:#f0f7f2} .note{color:#5d6877;font-size:14px}
+.facts{display:flex;gap:34px;margin:22px 0} .facts b{display:block;font-size:24px}
+.strip td{text-align:center;border:0;padding:3px}
 """
 
 

@@ -93,12 +93,13 @@ def main(argv: list[str]) -> int:
             print(script)
         print("dry run: nothing was written")
         return 0
+    fresh = not run.exists()
     write_atomic(run / "config.yaml", to_yaml(config))
     write_json(run / "train.json", {"steps": steps, "ranks": ranks})
     if still_active(run, JOB):
         print("the job is already queued or running")
     else:
-        print(f"submitted job {submit(cluster, run, shape, [TrainTask(str(run), gpus)])[0]}")
+        print(f"submitted job {submit(cluster, run, shape, [TrainTask(str(run), gpus)], fresh)[0]}")
     wait = command.wait if command.wait is not None else local
     if not wait:
         print(f"follow it with: python launch/status.py {os.path.relpath(run)} --watch")

@@ -176,10 +176,8 @@ def main(argv: list[str]) -> int:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / 200) * 0.5 * (1 + np.cos(np.pi * done))
         rows = random.integers(len(latents), size=config.batch)
-        texts = [
-            caption(colours[r], labels[r], t)
-            for r, t in zip(rows, random.integers(len(TEMPLATES), size=len(rows)), strict=True)
-        ]
+        templates = random.integers(len(TEMPLATES), size=len(rows))
+        texts = [caption(colours[r], labels[r], t) for r, t in zip(rows, templates, strict=True)]
         texts = ["" if random.random() < 0.1 else text for text in texts]
         tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
         x = latents[rows].float()

@@ -90,6 +90,7 @@ def test_what_slurm_refuses_is_one_line(lab, captions, tmp_path, key, words):
     (tmp_path / "bad.yaml").write_text(f"kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\n{key}\n")
     done = generate(lab, captions, tmp_path / "run", "--cluster", str(tmp_path / "bad.yaml"))
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_gpu_nodes_run_a_worker_a_gpu(lab, captions, tmp_path):
