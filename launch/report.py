@@ -84,7 +84,7 @@ def write_report(
     )
     head = "".join(f"<td class=note>{html.escape(c)}</td>" for c in strip_captions)
     rows = "".join(
-        f"<tr><td class=note>w = {w:g}</td>{''.join(f'<td>{picture_tag(i)}</td>' for i in images)}</tr>"
+        f"<tr><td class=note>{w:g}</td>{''.join(f'<td>{picture_tag(i)}</td>' for i in images)}</tr>"
         for w, images in strip.items()
     )
     shown = "".join(f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in facts.items())
@@ -95,7 +95,7 @@ def write_report(
 <h2>Captions and their images</h2><p>Each caption starts from several noises; StableRep makes the images of one caption
 attract each other.</p><div class=cards>{cards}</div>
 <h2>Guidance</h2><p>The same noise at four guidance scales: more obeys the caption more, and varies less.</p>
-<table class=strip><tr><td></td>{head}</tr>{rows}</table>
+<table class=strip><tr><td class=note>scale</td>{head}</tr>{rows}</table>
 <h2>Training</h2>{loss_plot(curves)}
 <p class=note>The two losses have different numbers of positives and are not comparable; each should fall.</p>
 <h2>On real test pictures</h2>{result_table(results, names)}

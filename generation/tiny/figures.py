@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
             with torch.no_grad():
                 guess = classifier(x).argmax(1)
             right += int((guess == torch.tensor([wanted[r][1] for r in rows])).sum())
-            spread += float(((x + 1) / 2).view(4, config.noises, -1).std(1).mean()) * 4
+            spread += float(((x + 1) / 2).reshape(4, config.noises, -1).std(1).mean()) * 4
         n = len(texts) * config.noises
         print(
             f"w={scale:g}: named rightly {100 * right / n:.1f} % of {n}; std over noises {spread / len(texts):.3f}", flush=True

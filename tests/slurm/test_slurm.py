@@ -102,8 +102,8 @@ def test_two_node_training_is_preempted_requeues_itself_and_ends(lab, reference,
     run = tmp_path / "train"
     words = [
         "launch/train.py", "--config", str(REPO / "configs/train/demo.yaml"), "--data", reference, "--out", run,
-        "--cluster", "test", "--nodes", "2", "--global-batch", "16", "--steps", "400", "--log-every", "1",
-        "--checkpoint-every", "100", "--head-hidden", "32", "--head-out", "16",
+        "--cluster", "test", "--nodes", "2", "--global-batch", "16", "--steps", "1500", "--log-every", "1",
+        "--checkpoint-every", "500", "--head-hidden", "32", "--head-out", "16",
     ]  # fmt: skip
     done = ours(lab, *words)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_two_node_training_is_preempted_requeues_itself_and_ends(lab, reference,
     resumed = [e for e in read_events(run) if e["event"] == "resumed"]
     assert len(resumed) == 2 and resumed[0]["step"] > 0 and {e["process"].split("-")[1] for e in resumed} == {"0", "1"}
     steps = [r["step"] for r in read_jsonl(run / "metrics.jsonl")]
-    assert steps == list(range(1, 401)), "saved at the signal: no step was lost or done twice"
+    assert steps == list(range(1, 1501)), "saved at the signal: no step was lost or done twice"
     assert len(list(read_jsonl(run / "jobs.jsonl"))) == 1
 
 
