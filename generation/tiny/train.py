@@ -144,6 +144,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     vae: Any = AutoencoderKL.from_pretrained(config.vae).eval()
+    vae.register_to_config(_name_or_path="")  # else a path of this machine goes into the published config
     latents, colours, labels = encode_pictures(vae, *generator_part(Path(config.source)), 2, random)
     print(f"{len(latents)} latents, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}", flush=True)
     tokenizer = build_tokenizer(REPO / "build" / "tiny" / "tokenizer")

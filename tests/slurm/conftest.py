@@ -17,3 +17,11 @@ def lab() -> Iterator[Lab]:
     need(False)
     with Lab(nodes=4, max_array=11) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def whole_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test finds all nodes idle, whatever the one before it left."""
+    yield
+    if "lab" in request.fixturenames:
+        request.getfixturevalue("lab").restore()

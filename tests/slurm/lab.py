@@ -43,6 +43,7 @@ class Lab:
         self.conf = self.folder / "slurm.conf"
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.slurmd: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Lab":
         try:
@@ -80,6 +81,26 @@ class Lab:
             if reason == "BeginTime":
                 self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
+    def lose(self, node: str) -> None:
+        """The node dies: its slurmd, the steps' managers and their processes, at once."""
+        self._kill(self.slurmd[node].pid, signal.SIGKILL)
+        self.slurmd[node].wait()
+        mine = [p for p in self._job_processes() if f"SLURMD_NODENAME={node}" in self._environment(p)]
+        managers = {int(Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split()[1]) for p in mine}
+        for pid in (managers & set(self._job_processes())) | set(mine):
+            self._kill(pid, signal.SIGKILL)
+
+    def restore(self) -> None:
+        """Cancel every job, start the slurmds that are gone, wait until every node is idle."""
+        self.call("scancel", "-u", str(os.getuid()))
+        for node, daemon in self.slurmd.items():
+            if daemon.poll() is not None:
+                self.daemons.remove(daemon)
+                self.slurmd[node] = self._spawn("slurmd", "-D", "-N", node)
+        if not self._all_idle():
+            self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume")
+        self._await(lambda: self._all_idle() and not self.call("squeue", "-h").stdout, 120, "empty queue and idle nodes")
+
     def until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Poll, nudging requeued jobs, until the condition holds."""
         end = time.monotonic() + seconds
@@ -90,9 +111,11 @@ class Lab:
             self.nudge()
             time.sleep(0.3)
 
-    def _spawn(self, *words: str) -> None:
-        log = open(self.folder / "log" / f"{Path(words[0]).name}-{len(self.daemons)}.out", "wb")  # noqa: SIM115
-        self.daemons.append(subprocess.Popen(words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+    def _spawn(self, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / "log" / f"{Path(words[0]).name}-{len(self.daemons)}.out", "ab") as log:
+            daemon = subprocess.Popen(words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.daemons.append(daemon)
+        return daemon
 
     def _start(self) -> None:
         f = self.folder
@@ -119,7 +142,7 @@ class Lab:
             self.call("sacctmgr", "-i", "add", "cluster", "lab")
         self._spawn("slurmctld", "-D", "-c")
         for i in range(1, self.nodes + 1):
-            self._spawn("slurmd", "-D", "-N", f"node{i}")
+            self.slurmd[f"node{i}"] = self._spawn("slurmd", "-D", "-N", f"node{i}")
         self._await(self._all_idle, 60, "nodes to be idle")
         if self.accounting:
             self.call("sacctmgr", "-i", "add", "account", "lab")
@@ -222,20 +245,22 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 Pre
 
     def _job_processes(self) -> list[int]:
         """Steps and job processes of this lab: they carry its SLURM_CONF, and are no daemon of ours."""
-        mark = f"SLURM_CONF={self.conf}".encode()
         own = {d.pid for d in self.daemons} | {os.getpid()}
         found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) not in own:
-                try:
-                    variables = (entry / "environ").read_bytes().split(b"\0")
-                    name = (entry / "comm").read_text().strip()
-                except OSError:
-                    continue
-                job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
-                if mark in variables and (job or name.startswith(("slurmstepd", "srun"))):
-                    found.append(int(entry.name))
+        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+            variables = self._environment(pid) if pid not in own else set()
+            if f"SLURM_CONF={self.conf}" in variables:
+                name = Path(f"/proc/{pid}/comm").read_text().strip() if Path(f"/proc/{pid}").exists() else ""
+                if name.startswith(("slurmstepd", "srun")) or any(v.startswith("SLURM_JOB_ID=") for v in variables):
+                    found.append(pid)
         return found
+
+    @staticmethod
+    def _environment(pid: int) -> set[str]:
+        try:
+            return set(Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"))
+        except OSError:
+            return set()
 
     @staticmethod
     def _kill(pid: int, number: int) -> None:
