@@ -93,7 +93,7 @@ class _Worker:
                 return False
             self.events.write("claimed", shard=shard, how=how)
             self.make(shard)
-        except UsageError:
+        except (UsageError, WorkError):
             raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -113,7 +113,10 @@ class _Worker:
         if self.model is None:
             from generation.pipeline import TextToImage
 
-            self.model = TextToImage(self.config, self.device)
+            try:
+                self.model = TextToImage(self.config, self.device)
+            except Exception as error:  # no fault of the shard: every other one would fail in the same way
+                raise WorkError(f"cannot load {self.config.model} on {self.device}: {error}") from error
             self.events.write("loaded", attention=self.model.attention, seconds=round(time.time() - start, 2))
             start = time.time()
         from generation.pipeline import generate_captions

@@ -6,8 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable
     logs.mkdir(parents=True, exist_ok=True)
     code = freeze_code(run)
     ids: list[str] = []
-    with _environment(code):
+    with _environment(code), _detached(logs) if cluster.kind == "local" else nullcontext():
         for chunk in _chunks(cluster, tasks):
             executor = _executor(cluster, run, shape)
             try:
@@ -175,20 +176,37 @@ def _executor(cluster: ClusterConfig, run: Path, shape: Shape) -> Any:
 
 @contextmanager
 def _environment(code: Path) -> Iterator[None]:
-    """The environment that jobs inherit: the frozen code first, nothing of a job that we may be inside of; and no
-    Ctrl-C of this terminal for local workers."""
+    """The environment that jobs inherit: the frozen code first, nothing of a job that we may be inside of."""
     before = dict(os.environ)
     for name in list(os.environ):
         if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF":
             del os.environ[name]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _detached(logs: Path) -> Iterator[None]:
+    """Processes started here outlive us: they ignore Ctrl-C and hold neither our terminal nor a pipe behind it."""
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kept = [os.dup(1), os.dup(2)]
+    log = os.open(logs / "controller.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    sys.stdout.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, descriptor in enumerate(kept, 1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(log)
+        signal.signal(signal.SIGINT, old)
 
 
 def _sbatch_reason(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from stablerep.data.augment import augment, crop, draw
 from stablerep.data.order import Order
 from stablerep.runtime.rundir import read_jsonl
 
-FAST = ["--config", str(REPO / "configs/train/demo.yaml"), "--global-batch", "16", "--steps", "12", "--log-every", "1"]
-FAST += ["--checkpoint-every", "3", "--head-hidden", "32", "--head-out", "16"]
+FAST = ["--config", str(REPO / "configs/train/demo.yaml"), "--global-batch", "16", "--steps", "40", "--log-every", "1"]
+FAST += ["--checkpoint-every", "5", "--head-hidden", "32", "--head-out", "16"]
 
 
 def train(data, run, *more):
@@ -41,12 +42,13 @@ def test_sigkill_then_resume_is_bit_for_bit(reference, unbroken, tmp_path):
     run = tmp_path / "run"
     try:
         assert train(reference, run, "--nodes", "2", "--wait", "false").returncode == 0
-        wait_for(lambda: (run / "checkpoints/step-00000003/state.json").exists(), 120, "a checkpoint")
+        wait_for(lambda: (run / "checkpoints/step-00000005/state.json").exists(), 120, "a checkpoint")
         kill_all(run)
+        assert not (run / "final").exists()
         assert train(reference, run, "--nodes", "2").returncode == 0
     finally:
         kill_all(run)
-    assert losses(run) == losses(unbroken) and len(losses(run)) == 12
+    assert losses(run) == losses(unbroken) and len(losses(run)) == 40
     weights = [(r / "final/encoder.safetensors").read_bytes() for r in (run, unbroken)]
     assert weights[0] == weights[1]
 
@@ -56,8 +58,13 @@ def test_signal_saves_and_another_rank_count_goes_on(reference, unbroken, tmp_pa
     assert train(reference, run, "--nodes", "2", "--wait", "false").returncode == 0
     wait_for(lambda: (run / "metrics.jsonl").exists(), 120, "a step")
     events = [json.loads(p.read_text().splitlines()[0]) for p in (run / "events").glob("train-1*.jsonl")]
-    os.kill(int(events[0]["process"].rsplit("-", 1)[1]), signal.SIGUSR1)  # one rank hears it, all stop
+    rank = int(events[0]["process"].rsplit("-", 1)[1])
+    helpers = [int(p) for t in Path(f"/proc/{rank}/task").iterdir() for p in (t / "children").read_text().split()]
+    assert helpers, "a data-loader worker"
+    for pid in [*helpers, rank]:  # as Slurm does: every process of one rank hears it, both ranks stop
+        os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not local_pids(run), 60, "both ranks to stop")
+    assert not (run / "final").exists() and list((run / "checkpoints").iterdir())
     assert train(reference, run, "--nodes", "1").returncode == 0
     seen, whole = losses(run), losses(unbroken)
     assert seen.keys() == whole.keys()

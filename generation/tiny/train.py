@@ -130,6 +130,9 @@ def save(out: Path, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, sche
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
+    # Without a dtype diffusers loads float32 and transformers what the config says: they must agree.
+    path = out / "text_encoder" / "config.json"
+    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def main(argv: list[str]) -> int:

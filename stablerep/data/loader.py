@@ -12,7 +12,7 @@ from stablerep.data.augment import crop
 from stablerep.data.order import Order, Row, derive
 from stablerep.data.shards import DatasetIndex
 from stablerep.runtime.errors import WorkError
-from stablerep.runtime.stop import reset_in_child
+from stablerep.runtime.stop import blocked, ignore
 
 
 class Rows(Dataset[tuple[Tensor, int]]):
@@ -50,7 +50,9 @@ def batches(rows: Rows, order: Order, first: int, last: int, rank: int, world: i
         worker_init_fn=_quiet,
         pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    with blocked():
+        iterator = iter(loader)
+    yield from iterator
 
 
 class _Sampler:
@@ -68,5 +70,5 @@ class _Sampler:
 
 
 def _quiet(worker: int) -> None:
-    reset_in_child()
+    ignore()
     torch.set_num_threads(1)

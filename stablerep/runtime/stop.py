@@ -1,6 +1,8 @@
 """The stop flag: handlers of USR1, USR2, TERM and HUP set it and do nothing else."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
@@ -22,9 +24,18 @@ class StopFlag:
         self.requested = self.requested or signal.Signals(number).name
 
 
-def reset_in_child() -> None:
-    """Undo the handlers in a forked helper (a data-loader worker): it must die on TERM and ignore the user signals."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold stop signals back while helpers are forked, so that none dies before it can call `ignore`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def ignore() -> None:
+    """In a helper (a data-loader worker): Slurm signals every process of a step, and the helper ends with its parent."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
