@@ -18,24 +18,31 @@ from stablerep.runtime.stop import StopFlag
 RENDEZVOUS_S = 600
 
 
-def requeue_self(events: Events) -> None:
-    """Ask Slurm to run this job (of an array: this element) again; nothing outside Slurm."""
+def requeue_self(events: Events, signal_name: str | None) -> None:
+    """Ask Slurm to run this job (of an array: this element) again after `signal_name`; nothing outside Slurm.
+
+    A job that got TERM and no longer runs was cancelled by its user, or Slurm requeues it by itself: it is left alone.
+    """
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return
     array = env.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+    if signal_name == "SIGTERM" and _client("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() != "RUNNING":
+        events.write("not requeued", job=job, why="cancelled, or requeued by Slurm itself")
+        return
     events.write("requeued", job=job)
-    # The requeue itself sends TERM to every process of the step, this child included.
-    result = subprocess.run(
-        ["scontrol", "requeue", job],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
-    )
+    result = _client("scontrol", "requeue", job)
     if result.returncode not in (0, -signal.SIGTERM):
         events.write("failed", why=f"scontrol requeue {job}: {result.stderr.strip()}")
         raise WorkError(f"cannot requeue {job} ({result.stderr.strip()}); give the same command again")
+
+
+def _client(*words: str) -> subprocess.CompletedProcess[str]:
+    """A Slurm client that outlives TERM, which a requeue sends to every process of the step."""
+    return subprocess.run(
+        words, capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    )
 
 
 def _fail(error: Exception) -> None:
@@ -63,7 +70,7 @@ class GenerateTask:
         try:
             outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name)
             if outcome == "stopped" and rank == 0:
-                requeue_self(Events(run, name))
+                requeue_self(Events(run, name), stop.requested)
         except (UsageError, WorkError) as error:
             _fail(error)
         return outcome
@@ -97,7 +104,7 @@ class TrainTask:
             dist.finish()
             events.write("ended", outcome=outcome, signal=stop.requested)
             if outcome == "stopped" and rank == 0:
-                requeue_self(events)
+                requeue_self(events, stop.requested)
         except (UsageError, WorkError) as error:
             events.write("failed", why=str(error))
             _fail(error)

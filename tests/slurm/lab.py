@@ -92,14 +92,17 @@ class Lab:
 
     def restore(self) -> None:
         """Cancel every job, start the slurmds that are gone, wait until every node is idle."""
-        self.call("scancel", "-u", str(os.getuid()))
         for node, daemon in self.slurmd.items():
             if daemon.poll() is not None:
                 self.daemons.remove(daemon)
                 self.slurmd[node] = self._spawn("slurmd", "-D", "-N", node)
         if not self._all_idle():
             self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume")
-        self._await(lambda: self._all_idle() and not self.call("squeue", "-h").stdout, 120, "empty queue and idle nodes")
+        self._await(self._empty, 120, "empty queue and idle nodes")
+
+    def _empty(self) -> bool:
+        self.call("scancel", "-u", str(os.getuid()))
+        return self._all_idle() and not self.call("squeue", "-h").stdout
 
     def until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Poll, nudging requeued jobs, until the condition holds."""

@@ -71,6 +71,17 @@ def test_signalled_element_releases_and_requeues_itself(lab, tmp_path):
     lab.until(lambda: (run / "dataset.json").exists() and idle(lab), 240, "the dataset")
 
 
+def test_cancelled_job_stays_cancelled(lab, tmp_path):
+    run = tmp_path / "run"
+    words = [REPO / "assets" / "captions.txt", run, "--limit", "60", "--steps", "40", "--nodes", "2"]
+    assert generate(lab, *words).returncode == 0
+    lab.until(lambda: sum(e["event"] == "loaded" for e in read_events(run)) == 2, 120, "two workers at work")
+    assert lab.call("scancel", next(read_jsonl(run / "jobs.jsonl"))["jobs"][0].split("_")[0]).returncode == 0
+    lab.until(lambda: idle(lab), 60, "an empty queue")
+    assert [e["event"] for e in read_events(run) if "requeued" in e["event"]] == ["not requeued"] * 2
+    assert not list((run / "leases").glob("*.lease")) and not (run / "dataset.json").exists()
+
+
 def test_arrays_are_split_at_max_array_size(lab, captions, tmp_path):
     one = ["--captions-per-shard", "1", "--nodes", "12"]
     done = generate(lab, captions, tmp_path / "run", *one, "--dry-run")
