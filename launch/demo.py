@@ -23,7 +23,7 @@ class DemoConfig:
     out: str = key(str(REPO / "demo"), "folder of the demo")
     captions: list[str] = key([str(REPO / "assets" / "captions.txt")], "caption files")
     images_per_caption: int = key(8, "images a caption")
-    steps: int = key(240, "training steps of each method")
+    steps: int = key(320, "training steps of each method")
     workers: int = key(2, "worker processes and training ranks")
 
 

@@ -3,7 +3,7 @@ fifth of the training labels, then refitted on all of them."""
 
 import numpy as np
 
-STRENGTHS = (0.001, 0.01, 0.1)
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int) -> float:
@@ -21,6 +21,6 @@ def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_l
     fit, held, y, held_y = train_test_split(train, labels, test_size=0.2, random_state=seed, stratify=labels)
     with warnings.catch_warnings(), threadpool_limits(1):  # small matrices: threads only get in each other's way
         warnings.simplefilter("ignore", ConvergenceWarning)
-        scores = [LogisticRegression(C=c, max_iter=100).fit(fit, y).score(held, held_y) for c in STRENGTHS]
+        scores = [LogisticRegression(C=c, max_iter=500).fit(fit, y).score(held, held_y) for c in STRENGTHS]
         best = STRENGTHS[int(np.argmax(scores))]
-        return 100 * float(LogisticRegression(C=best, max_iter=200).fit(train, labels).score(test, test_labels))
+        return 100 * float(LogisticRegression(C=best, max_iter=1000).fit(train, labels).score(test, test_labels))
