@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stablerep.runtime.dist import sum_over_ranks
+from stablerep.runtime.dist import sum_over_ranks, world
 
 
 class GatheredBatchNorm(nn.Module):
@@ -17,11 +17,11 @@ class GatheredBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        sums = sum_over_ranks(torch.cat([y.sum(0), y.square().sum(0), y.new_tensor([float(len(y))])]))
-        total, squares, count = sums[:-1].chunk(2)[0], sums[:-1].chunk(2)[1], sums[-1]
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0)
-        y = (y - mean) * torch.rsqrt(variance + 1e-5)
+        count = len(y) * world()  # every rank holds as many rows
+        y = y - sum_over_ranks(y.sum(0)) / count
+        # From the centred values: E[y^2] - E[y]^2 would leave only rounding where a feature hardly varies.
+        variance = sum_over_ranks(y.square().sum(0)) / count
+        y = y * torch.rsqrt(variance + 1e-5)
         if self.weight is not None and self.bias is not None:
             y = y * self.weight.float() + self.bias.float()
         return y.to(x.dtype)

@@ -58,6 +58,14 @@ def test_nt_xent_against_lightly():
     assert abs(ours.item() - NTXentLoss(0.5)(a, b).item()) < 1e-5
 
 
+def test_batch_norm_of_a_feature_that_hardly_varies():
+    from stablerep.heads import GatheredBatchNorm
+
+    x = 10 + 0.01 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.BatchNorm1d(8).double()(x.double())
+    assert (GatheredBatchNorm(8)(x) - expected).abs().max() < 1e-3
+
+
 def _rank(rank, world, folder, out):
     import torch.distributed as td
 

@@ -64,14 +64,11 @@ def test_signal_saves_and_another_rank_count_goes_on(reference, unbroken, tmp_pa
     for pid in [*helpers, rank]:  # as Slurm does: every process of one rank hears it, both ranks stop
         os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not local_pids(run), 60, "both ranks to stop")
-    assert not (run / "final").exists()
-    stopped = max(int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*"))
-    assert stopped <= 34, "the signal came before the end"
+    assert not (run / "final").exists() and list((run / "checkpoints").iterdir())
     assert train(reference, run, "--nodes", "1").returncode == 0
     seen, whole = losses(run), losses(unbroken)
     assert seen.keys() == whole.keys()
-    # Another rank count adds in another order; a model this small and untrained doubles such a difference every other step.
-    assert max(abs(seen[s] - whole[s]) for s in range(1, stopped + 6)) < 1e-2
+    assert max(abs(seen[s] - whole[s]) for s in whole) < 2e-3
 
 
 def test_encoder_loads_here_and_in_plain_timm(unbroken):

@@ -98,9 +98,10 @@ class Lab:
                 self.slurmd[node] = self._spawn("slurmd", "-D", "-N", node)
         if not self._all_idle():
             self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume")
-        self._await(self._empty, 120, "empty queue and idle nodes")
+        self._await(self._cleared, 120, "empty queue and idle nodes")
 
-    def _empty(self) -> bool:
+    def _cleared(self) -> bool:
+        """Cancel what is queued, again at each poll (a job may just be requeueing itself); whether nothing is left."""
         self.call("scancel", "-u", str(os.getuid()))
         return self._all_idle() and not self.call("squeue", "-h").stdout
 
