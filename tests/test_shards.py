@@ -8,7 +8,7 @@ import tarfile
 
 import duckdb
 import pytest
-from helpers import REPO, shard_bytes
+from helpers import REPO
 
 from generation.identity import caption_id
 from stablerep.data.shards import DatasetIndex, Sample, encode_shard, read_sidecar, write_shard
@@ -80,7 +80,7 @@ def test_torn_shard_does_not_exist(tmp_path, damage):
 
 
 def test_index_reads_every_image(reference):
-    index = DatasetIndex([reference], max_open=2)
+    index = DatasetIndex(reference)
     members = {}
     for path in sorted((reference / "shards").glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -88,7 +88,7 @@ def test_index_reads_every_image(reference):
     for i, id in enumerate(index.ids):
         assert index.text(i) == members[f"{id}.txt"].decode()
         assert [index.read(i, j) for j in range(2)] == [members[f"{id}.{j}.jpg"] for j in range(2)]
-    assert len(index) == 12 and len(set(index.caption_ids.tolist())) == 12
+    assert len(index) == 12 and len(set(index.ids)) == 12
 
 
 def test_webdataset_and_duckdb_read_it(reference):
@@ -104,14 +104,20 @@ def test_webdataset_and_duckdb_read_it(reference):
     assert [r[0] for r in rows] == sorted(s["__key__"] for s in samples)
 
 
-def test_dataset_json_is_shaped_as_a_wids_index(reference):
-    dataset = read_json(reference / "dataset.json")
-    assert dataset["wids_version"] == 1 and sum(s["nsamples"] for s in dataset["shardlist"]) == 12
-    for shard in dataset["shardlist"]:
+def test_wids_reads_it(reference, tmp_path):
+    import wids
+
+    dataset = wids.ShardListDataset(str(reference / "dataset.json"), cache_dir=str(tmp_path))
+    samples = [dataset[i] for i in range(len(dataset))]
+    index = DatasetIndex(reference)
+    assert [s["__key__"] for s in samples] == index.ids and len(samples) == 12
+    for i, sample in enumerate(samples):
+        assert sample[".0.jpg"].size == sample[".1.jpg"].size == (32, 32)
+        assert sample[".txt"] == index.text(i) and sample[".json"]["id"] == index.ids[i]
+    for shard in read_json(reference / "dataset.json")["shardlist"]:
         assert (reference / shard["url"]).stat().st_size == shard["filesize"]
-    assert len(dataset["shardlist"]) == len(shard_bytes(reference)) == 4
 
 
 def test_missing_dataset_is_said(tmp_path):
     with pytest.raises(UsageError, match=r"dataset\.json"):
-        DatasetIndex([tmp_path])
+        DatasetIndex(tmp_path)

@@ -6,16 +6,15 @@ offset and size, and the tar's size and SHA-256. A shard without its sidecar doe
 
 import hashlib
 import io
+import itertools
 import json
-import os
 import tarfile
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from stablerep.data.files import OpenFiles
 from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import read_json, write_atomic
 
@@ -89,72 +88,54 @@ def id_to_int(caption_id: str) -> int:
     return int.from_bytes(bytes.fromhex(caption_id), "big", signed=True)
 
 
-class DatasetIndex:
-    """Random access into the images of one or several generation runs: one pread an image, few open files.
+def captions_of(sidecar: dict[str, Any]) -> Iterator[tuple[str, list[int], list[list[int]]]]:
+    """Yield (caption id, [offset, size] of its text, [offset, size] of each image by number) of a shard."""
+    members = {name: [offset, size] for name, offset, size in sidecar["members"]}
+    for name in members:
+        if name.endswith(".txt"):
+            caption = name[: -len(".txt")]
+            numbers = itertools.takewhile(lambda j, c=caption: f"{c}.{j}.jpg" in members, itertools.count())  # type: ignore[misc]
+            yield caption, members[name], [members[f"{caption}.{j}.jpg"] for j in numbers]
 
-    `len()` counts captions. Raises UsageError where a run has no `dataset.json` (generation is not complete) or the
-    runs hold different numbers of images per caption.
+
+def dataset_shards(run: Path) -> list[Path]:
+    """The tars of a complete generation run. Raises UsageError where generation has not ended."""
+    if not (run / "dataset.json").exists():
+        raise UsageError(f"{run} has no dataset.json: generation is not complete; see launch/status.py {run}")
+    return [run / shard["url"] for shard in read_json(run / "dataset.json")["shardlist"]]
+
+
+def need_sidecar(tar: Path) -> dict[str, Any]:
+    """The sidecar of a tar. Raises UsageError where the shard is not whole."""
+    sidecar = read_sidecar(tar.parent, int(tar.stem))
+    if sidecar is None:
+        raise UsageError(f"shard {tar} is missing or torn; run generation/audit.py on its run")
+    return sidecar
+
+
+class DatasetIndex:
+    """Random access to the captions and images of one generation run, held in memory: for looking at a run.
+
+    `len()` counts captions. Raises UsageError where the run is not complete. Training uses `stablerep.data.index`.
     """
 
-    def __init__(self, runs: list[Path], max_open: int = 64) -> None:
-        counts: set[int] = set()
-        self._tars: list[Path] = []
-        ids: list[str] = []
-        rows: list[list[int]] = []
-        texts: list[list[int]] = []
-        for run in runs:
-            if not (run / "dataset.json").exists():
-                raise UsageError(f"{run} has no dataset.json: generation is not complete; see launch/status.py {run}")
-            dataset = read_json(run / "dataset.json")
-            counts.add(int(dataset["images_per_caption"]))
-            for shard in dataset["shardlist"]:
-                self._add_shard(run / shard["url"], int(dataset["images_per_caption"]), ids, rows, texts)
-        if len(counts) != 1:
-            raise UsageError(f"--data runs hold different numbers of images per caption: {sorted(counts)}")
-        self.images_per_caption = counts.pop()
-        self.ids = ids
-        self.caption_ids = np.array([id_to_int(i) for i in ids], dtype=np.int64)
-        self._rows = np.array(rows, dtype=np.int64).reshape(len(ids), self.images_per_caption, 3)
-        self._texts = np.array(texts, dtype=np.int64)
-        self._max_open = max_open
-        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
-
-    def _add_shard(self, tar: Path, images: int, ids: list[str], rows: list[list[int]], texts: list[list[int]]) -> None:
-        sidecar = read_sidecar(tar.parent, int(tar.stem))
-        if sidecar is None:
-            raise UsageError(f"shard {tar} is missing or torn; run generation/audit.py on its run")
-        number = len(self._tars)
-        self._tars.append(tar)
-        members = {name: (offset, size) for name, offset, size in sidecar["members"]}
-        for name, _, _ in sidecar["members"]:
-            if not name.endswith(".txt"):
-                continue
-            caption = name[: -len(".txt")]
-            ids.append(caption)
-            texts.append([number, *members[name]])
-            for j in range(images):
-                rows.append([number, *members[f"{caption}.{j}.jpg"]])
+    def __init__(self, run: Path) -> None:
+        tars = dataset_shards(run)
+        self.images_per_caption = int(read_json(run / "dataset.json")["images_per_caption"])
+        rows = [(number, *row) for number, tar in enumerate(tars) for row in captions_of(need_sidecar(tar))]
+        self.ids = [id for _, id, _, _ in rows]
+        self._rows = rows
+        self._files = OpenFiles(lambda number: str(tars[number]))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._rows)
 
     def read(self, i: int, j: int) -> bytes:
         """JPEG bytes of image `j` of caption `i`."""
-        number, offset, size = self._rows[i, j]
-        return self._pread(int(number), int(offset), int(size))
+        number, _, _, images = self._rows[i]
+        return self._files.read(number, *images[j])
 
     def text(self, i: int) -> str:
         """The caption itself."""
-        number, offset, size = self._texts[i]
-        return self._pread(int(number), int(offset), int(size)).decode()
-
-    def _pread(self, number: int, offset: int, size: int) -> bytes:
-        # The pid is part of the key: a forked data-loader worker opens files of its own.
-        slot = (os.getpid(), number)
-        if slot in self._files:
-            self._files.move_to_end(slot)
-        else:
-            self._files[slot] = os.open(self._tars[number], os.O_RDONLY)
-            if len(self._files) > self._max_open:
-                os.close(self._files.popitem(last=False)[1])
-        return os.pread(self._files[slot], size, offset)
+        number, _, text, _ = self._rows[i]
+        return self._files.read(number, *text).decode()

@@ -14,13 +14,23 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGES = ("launch", "generation", "stablerep")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader sees all of it or none: temporary name, fsync, rename, fsync of the folder."""
+def data_folder(name: str) -> Path:
+    """The folder `assets` or `configs`: inside stablerep in an installed copy (setup.py), else at the checkout's root."""
+    installed = REPO / "stablerep" / name
+    return installed if installed.is_dir() else REPO / name
+
+
+def write_atomic(path: Path, data: bytes | str | Iterator[bytes | memoryview]) -> None:
+    """Write a file so that a reader sees all of it or none: temporary name, fsync, rename, fsync of the folder.
+
+    `data` may come in pieces.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            for piece in [data.encode()] if isinstance(data, str) else [data] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
