@@ -36,12 +36,14 @@ def create(description: dict[str, Any]) -> Any:
         raise UsageError(f"--arch {description['architecture']} does not work: {str(error).splitlines()[0]}") from None
 
 
-def save_encoder(folder: Path, description: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Write config.json, then encoder.safetensors: where the latter exists, the encoder is complete."""
+def save_final(folder: Path, description: dict[str, Any], parts: dict[str, dict[str, Any]]) -> None:
+    """Write config.json and each part's tensors as PART.safetensors, the encoder last: where encoder.safetensors exists,
+    all is there. Raises OSError."""
     from safetensors.torch import save
 
     write_json(folder / "config.json", description)
-    write_atomic(folder / "encoder.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+    for part in sorted(parts, key=lambda name: name == "encoder"):
+        write_atomic(folder / f"{part}.safetensors", save({k: v.contiguous() for k, v in parts[part].items()}))
 
 
 def load_encoder(path: str) -> Any:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stablerep.runtime.dist import sum_over_ranks, world
+from stablerep.runtime.dist import gathering, sum_over_ranks
 
 
 class GatheredBatchNorm(nn.Module):
@@ -17,7 +17,7 @@ class GatheredBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        count = len(y) * world()  # every rank holds as many rows
+        count = len(y) * gathering()  # every rank holds as many rows
         y = y - sum_over_ranks(y.sum(0)) / count
         # From the centred values: E[y^2] - E[y]^2 would leave only rounding where a feature hardly varies.
         variance = sum_over_ranks(y.square().sum(0)) / count

@@ -49,3 +49,37 @@ def nt_xent_loss(
     return multi_positive_loss(
         features, image_ids, temperature, all_features=all_features, all_caption_ids=all_image_ids, offset=offset
     )
+
+
+def clip_loss(
+    images: Tensor,
+    texts: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    scale: Tensor | float,
+    *,
+    all_images: Tensor | None = None,
+    all_texts: Tensor | None = None,
+    all_image_ids: Tensor | None = None,
+    all_text_ids: Tensor | None = None,
+) -> Tensor:
+    """CLIP's symmetric loss (arXiv 2103.00020, figure 3) with every pair of equal ids a positive, a scalar.
+
+    images: [B, D] and texts: [C, D], L2-normalised; image_ids: [B], text_ids: [C] int64. all_*: the gathered batch. Each
+    image's cross-entropy is against its captions (uniform over those with its id), each caption's against its images;
+    the mean of the two directions. With one image a caption and no repeated caption this is CLIP's own loss.
+    """
+    every_image = images if all_images is None else all_images
+    every_text = texts if all_texts is None else all_texts
+    every_image_id = image_ids if all_image_ids is None else all_image_ids
+    every_text_id = text_ids if all_text_ids is None else all_text_ids
+    to_text = _matching(scale * images.float() @ every_text.float().T, image_ids, every_text_id)
+    to_image = _matching(scale * texts.float() @ every_image.float().T, text_ids, every_image_id)
+    return (to_text + to_image) / 2
+
+
+def _matching(logits: Tensor, ids: Tensor, every_id: Tensor) -> Tensor:
+    """Mean cross-entropy of rows against the uniform distribution over the columns with their id."""
+    positive = ids[:, None] == every_id[None, :]
+    log_p = torch.log_softmax(logits, dim=1)
+    return -((log_p * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()

@@ -1,161 +1,171 @@
 """The training loop, top to bottom."""
 
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from stablerep import arch, checkpoint
-from stablerep.data.augment import augment, draw
-from stablerep.data.loader import Rows, batches
-from stablerep.data.order import Order
-from stablerep.data.shards import DatasetIndex
+from stablerep import arch, checkpoint, plan
+from stablerep.data.index import open_index
+from stablerep.data.loader import batches
+from stablerep.engine import full_parameter, make_engine, set_learning_rate
 from stablerep.methods import method_class
-from stablerep.optim import learning_rate, parameter_groups
+from stablerep.metrics import Metrics, peak_flops, training_flops
+from stablerep.optim import learning_rate
 from stablerep.runtime import dist
 from stablerep.runtime.config import from_yaml
-from stablerep.runtime.errors import UsageError, WorkError
+from stablerep.runtime.errors import WorkError
 from stablerep.runtime.events import Events
-from stablerep.runtime.rundir import append_jsonl, read_json
+from stablerep.runtime.rundir import read_json
 from stablerep.runtime.stop import StopFlag
+from stablerep.runtime.watchdog import Watchdog, collective_timeout
+from stablerep.step import Step
+from stablerep.text import tokenize
 from stablerep.train_config import TrainConfig
 
-
-def make_order(config: TrainConfig, captions: int, stored: int) -> Order:
-    """The data order of a run. Raises UsageError where batch, captions and images do not fit."""
-    wanted = config.images_per_caption or stored
-    if not 1 <= wanted <= stored:
-        raise UsageError(f"--images-per-caption {wanted}: the data holds {stored}")
-    method = method_class(config.method)
-    views = method.views(wanted)
-    if config.global_batch % views:
-        near = config.global_batch // views * views
-        raise UsageError(
-            f"--global-batch {config.global_batch} is not a multiple of {views} images a {method.unit}: "
-            f"the nearest are {near} and {near + views}"
-        )
-    order = Order(config.seed, captions, stored, method.unit, views, config.global_batch // views)
-    if order.steps_per_epoch < 1:
-        raise UsageError(f"--global-batch {config.global_batch} needs more than the {order.units} {method.unit}s of the data")
-    return order
+NONFINITE_LIMIT = 20  # steps in a row; fp16's loss scale halves at each, from 65,536 down to where it is no cure
 
 
-def total_steps(config: TrainConfig, order: Order) -> int:
-    """Length of the run in steps."""
-    epochs = 15.0 if config.epochs is None else config.epochs
-    return config.steps or max(1, round(epochs * order.steps_per_epoch))
-
-
-def make_engine(config: TrainConfig, model: torch.nn.Module, world: int, gpus: bool) -> Any:
-    """A DeepSpeed engine around the model, with torch's AdamW (whose state we know how to gather)."""
-    import deepspeed
-    import deepspeed.ops
-
-    if not gpus:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled; gloo does without
-    optim = config.optim
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": config.global_batch // world,
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": config.dtype == "bf16"},
-            "gradient_clipping": optim.clip,
-            "steps_per_print": 1 << 30,
-        },
-    )
-    return engine
-
-
-def train(run: Path, stop: StopFlag, events: Events) -> str:
+def train(run: Path, stop: StopFlag, events: Events, watchdog: Watchdog, life: str, ranks_here: int = 1) -> str:
     """Train to the end (`done`) or to a stop signal (`stopped`), resuming from the newest complete checkpoint.
 
-    All ranks call it. Raises UsageError or WorkError; a loss that is not finite ends the run with its step.
+    All ranks call it; `ranks_here` share this machine's memory. Raises UsageError or WorkError, one line each.
     """
     config = from_yaml(TrainConfig, run / "config.yaml")
-    rank, world = dist.rank(), dist.world()
-    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
-    index = DatasetIndex([Path(d) for d in config.data])
-    order = make_order(config, len(index), index.images_per_caption)
-    if config.global_batch % world:
-        raise UsageError(f"--global-batch {config.global_batch} does not divide into {world} ranks")
-    steps = int(read_json(run / "train.json")["steps"])
-    warmup = min(steps // 2, round(config.optim.warmup_epochs * order.steps_per_epoch))
-    peak = config.optim.lr * config.global_batch / 256
+    rank, world, device = dist.rank(), dist.world(), _device()
+    index = open_index(run / "index")
+    planned = plan.make_plan(config, index, world)
+    steps, rows = int(read_json(run / "train.json")["steps"]), config.global_batch // world
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     description = arch.describe(config.arch, config.image_size)
-    encoder = arch.create(description)
-    model = method_class(config.method)(encoder, config.head_hidden, config.head_out, config.temperature)
-    engine = make_engine(config, model, world, device.type == "cuda")
-    start = checkpoint.load_newest(run, engine)
-    events.write("resumed" if start else "began", step=start, steps=steps)
+    method = method_class(config.method)(arch.create(description), config)
+    views, per_caption = method.views(config), planned.rows_per_unit
+    memory = plan.usable_memory(device, ranks_here, sum(p.numel() for p in method.parameters()))
+    unit = per_caption if method.reads_text else 1
+    micro = plan.micro_batch(config, rows, unit, plan.activation_bytes(config, method.encoder, len(views)), memory)
+    flops = training_flops(method, [torch.zeros(unit, 3, v.size, v.size) for v in views], _tokens(method, config, [""])) / unit
+    engine = make_engine(config, method, micro, 1 if config.reproducible else rows // micro, device.type == "cuda")
+    step_of = Step(engine, config.seed, micro, per_caption, bool(config.reproducible), config.optim.clip)
 
-    rows = Rows(index, config.seed, config.image_size, config.crop_min)
-    micro = config.global_batch // world
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    board = _tensorboard(run) if rank == 0 else None
-    clock, since = time.monotonic(), start
-    saved = start
-    for step, (pictures, units) in enumerate(batches(rows, order, start, steps, rank, world, config.workers), start=start):
-        draws = draw(config.seed, step, config.global_batch)
-        images = augment(pictures.to(device, non_blocking=True), draws, rank * micro).to(dtype)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, warmup, peak)
-        loss = engine(images, units.to(device))
-        engine.backward(loss)
-        engine.step()
-        done = step + 1
+    control = dist.Control(collective_timeout(config.hang_timeout_s))
+    saver = checkpoint.Saver(run, config.keep_every, control, events)
+    clock = time.monotonic()
+    state = checkpoint.load_newest(run, engine)
+    start, skipped = int(state["step"]), int(state.get("skipped", 0))
+    restore_s = round(time.monotonic() - clock, 3)
+    name, peak = peak_flops(device)
+    events.write("resumed" if start else "began", step=start, steps=steps, restore_s=restore_s, micro_batch=micro, device=name)
+    metrics = Metrics(run, config.wandb) if rank == 0 else None
+
+    loader = batches(
+        index, planned.order, views, seed=config.seed, first=start, last=steps, rank=rank, world=world,
+        workers=config.workers, device=device, max_broken=config.max_broken,
+        on_broken=lambda name, why: events.write("replaced", what=name, why=why), texts=method.reads_text,
+    )  # fmt: skip
+    done, since, waited, stalled, replaced, counted = start, time.monotonic(), 0.0, 0.0, 0, start
+    for wait_s, batch in _timed(loader):
+        begin = time.monotonic()
+        set_learning_rate(engine, learning_rate(batch.step, steps, planned.warmup, planned.peak_lr))
+        tokens = _tokens(method, config, batch.texts[::per_caption])
+        loss, parts = step_of(batch.step, batch.views, None if tokens is None else tokens.to(device), batch.ids)
+        done, waited, replaced = batch.step + 1, waited + wait_s, replaced + batch.replaced
+        method.after_step(done, steps)
+        skipped = 0 if engine.was_step_applied() else skipped + 1
+        if skipped >= NONFINITE_LIMIT:
+            raise WorkError(
+                f"the gradients were not finite for {skipped} steps in a row (step {done}, loss {float(loss):g}): lower "
+                "--optim.lr or set --optim.clip, and start from an older checkpoint or anew"
+            )
+        if batch.step == start and rank == 0:
+            events.write("first step", step=done)
+        watchdog.beat()
+
         if done % config.log_every == 0 or done == steps:
-            mean = dist.mean_over_ranks(loss)
-            if mean != mean or mean in (float("inf"), -float("inf")):
-                raise WorkError(f"the loss is {mean} at step {done}: lower --optim.lr, or resume from an older checkpoint")
-            if rank == 0:
-                seconds = time.monotonic() - clock
-                record = {
-                    "step": done,
-                    "loss": mean,
-                    "lr": learning_rate(step, steps, warmup, peak),
-                    "epoch": done / order.steps_per_epoch,
-                    "images_per_s": (done - since) * config.global_batch / seconds,
-                    "time": time.time(),
-                }
-                append_jsonl(run / "metrics.jsonl", record)
-                assert board is not None
-                for name in ("loss", "lr", "images_per_s"):
-                    board.add_scalar(name, record[name], done)
-                print(f"step {done}/{steps}  loss {mean:.4f}  {record['images_per_s']:.0f} images/s", flush=True)
-            clock, since = time.monotonic(), done
-        stopping = dist.any_rank(stop.requested is not None, device)
-        if done % config.checkpoint_every == 0 or stopping or done == steps:
-            checkpoint.save(run, engine, done, config.keep_every)
-            saved = done
-            if rank == 0:
-                events.write("saved", step=done)
+            mean = float(loss) if config.reproducible else dist.mean_over_ranks(loss)
+            seconds = time.monotonic() - since
+            if metrics is not None:
+                rate = (done - counted) * config.global_batch / seconds
+                metrics.write({
+                    "step": done, "loss": mean, "lr": learning_rate(batch.step, steps, planned.warmup, planned.peak_lr),
+                    "epoch": done / planned.order.steps_per_epoch, "images_per_s": rate,
+                    "mfu": flops * rate / (world * peak) if peak else None, "seconds": seconds, "steps": done - counted,
+                    "data_wait_s": waited, "stall_s": stalled, "grad_norm": _number(engine.get_global_grad_norm()),
+                    "loss_scale": float(engine.optimizer.loss_scale), "skipped": engine.skipped_steps,
+                    "ids": batch.digest, "replaced": replaced, "life": life, **{k: float(v) for k, v in parts.items()},
+                }, steps)  # fmt: skip
+            since, waited, stalled, counted = time.monotonic(), 0.0, 0.0, done
+
+        # What the ranks agree on was posted at the step before: no device waits for it.
+        stopping, failed, settled = control.exchange([int(stop.requested is not None), *saver.progress()])
+        saver.poll(failed, settled)
+        due = done % config.checkpoint_every == 0 and not skipped  # a state that may be broken replaces no sound one
+        if due or stopping or done == steps:
+            stalled += saver.save(engine, done, {"skipped": skipped})
+        if saver.seconds is not None:  # the stop is agreed on a step later, and then saved
+            stop.save_s = saver.seconds + 2 * (time.monotonic() - begin)
         if stopping and done < steps:
-            return "stopped"
-    assert saved == steps
-    tensors = checkpoint.gather(engine)
+            break
+
+    control.collect()
+    saver.close()
+    if metrics is not None:
+        metrics.close()
+    if done < steps:
+        events.write("stopped", step=done, signal=stop.requested)
+        return "stopped"
+    save_final(run, description, method)
     if rank == 0:
-        prefix = "param/encoder."
-        arch.save_encoder(run / "final", description, {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
         events.write("completed", step=steps)
-    dist.barrier()
     return "done"
 
 
-def _on_gpu() -> bool:
+def save_final(run: Path, description: dict[str, Any], method: Any) -> None:
+    """Write RUN/final from the float32 weights: the encoder, and the image-text part where there is one. Collective."""
+    parts = {"image_text": getattr(method, "image_text", None), "encoder": method.encoder}
+    whole = {
+        part: {name: full_parameter(p).cpu() for name, p in module.named_parameters()}
+        for part, module in parts.items()
+        if module
+    }
+    problem = None
+    if dist.rank() == 0:
+        try:
+            arch.save_final(run / "final", description, whole)
+        except OSError as error:
+            problem = f"cannot write {run}/final: {error.strerror}; make room and give the same command again"
+    problem = dist.broadcast(problem)
+    if problem:
+        raise WorkError(problem)
+
+
+def _device() -> torch.device:
     import torch.distributed as td
 
-    return td.is_initialized() and td.get_backend() == "nccl"
+    on_gpu = td.is_initialized() and td.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _tensorboard(run: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+def _tokens(method: Any, config: TrainConfig, texts: list[str]) -> torch.Tensor | None:
+    return tokenize(texts, config.text.context) if method.reads_text else None
 
-    return SummaryWriter(str(run / "tensorboard"))
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+T = TypeVar("T")
+
+
+def _timed(items: Iterable[T]) -> Iterator[tuple[float, T]]:
+    """Each item with the seconds that we waited for it."""
+    iterator = iter(items)
+    while True:
+        clock = time.monotonic()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield time.monotonic() - clock, item

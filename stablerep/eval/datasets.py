@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import REPO
+from stablerep.runtime.rundir import data_folder
 
 
 @dataclass
@@ -31,7 +31,7 @@ def _fashion(size: int) -> tuple[Labelled, Labelled, list[str]]:
     """200 + 200 pictures a class of Fashion-MNIST (MIT; arXiv 1708.07747), dark on white as the generator's are."""
     import json
 
-    folder = REPO / "assets" / "fashion"
+    folder = data_folder("assets") / "fashion"
     arrays = np.load(folder / "fashion.npz")
 
     def split(part: str) -> Labelled:

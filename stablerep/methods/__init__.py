@@ -1,19 +1,19 @@
 """Training methods, one file each, on one small interface."""
 
-from stablerep.methods.base import Method
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from stablerep.runtime.errors import UsageError
 
-NAMES = ("stablerep", "simclr")
+if TYPE_CHECKING:
+    from stablerep.methods.base import Method
+
+CLASSES = {"stablerep": "StableRep", "stablerep_plus": "StableRepPlus", "simclr": "SimCLR", "clip": "CLIP"}
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str) -> "type[Method]":
     """The class of a method. Raises UsageError."""
-    if name == "stablerep":
-        from stablerep.methods.stablerep import StableRep
-
-        return StableRep
-    if name == "simclr":
-        from stablerep.methods.simclr import SimCLR
-
-        return SimCLR
-    raise UsageError(f"--method {name} is none of {', '.join(NAMES)}")
+    if name not in CLASSES:
+        raise UsageError(f"--method {name} is none of {', '.join(CLASSES)}")
+    found: type[Method] = getattr(import_module(f"stablerep.methods.{name}"), CLASSES[name])
+    return found

@@ -10,15 +10,18 @@ from stablerep.runtime.rundir import append_jsonl, read_jsonl
 
 
 class Events:
-    """Append events of this process to RUN/events/NAME.jsonl (started, claimed, committed, preempted, failed ...)."""
+    """Append events of this process to RUN/events/NAME.jsonl (started, claimed, committed, preempted, failed ...).
 
-    def __init__(self, run: Path, name: str) -> None:
-        self.name = name
+    `always` goes into every event: ranks of training name their `life` and `rank`.
+    """
+
+    def __init__(self, run: Path, name: str, **always: Any) -> None:
+        self.name, self.always = name, always
         self.path = run / "events" / f"{name}.jsonl"
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event; `kind` is a past participle such as `committed`."""
-        append_jsonl(self.path, {"time": time.time(), "event": kind, "process": self.name, **fields})
+        append_jsonl(self.path, {"time": time.time(), "event": kind, "process": self.name, **self.always, **fields})
 
 
 def process_name(prefix: str) -> str:
