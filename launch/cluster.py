@@ -3,19 +3,21 @@
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from launch import slurm
 from stablerep.runtime.config import key, merge
-from stablerep.runtime.errors import UsageError, WorkError
-from stablerep.runtime.rundir import REPO, freeze_code, read_jsonl, record_submission
+from stablerep.runtime.errors import UsageError
+from stablerep.runtime.rundir import data_folder, freeze_code, read_jsonl, record_submission
 
 LOCAL_MINUTES = 60 * 24 * 365  # on this machine nobody stops a job for its length
 
@@ -36,6 +38,7 @@ class ClusterConfig:
     mem_gb: float | None = key(None, "memory a node, GB (default: the partition's)")
     signal_lead_s: int = key(120, "seconds before the end of the wall time at which a job is warned")
     max_array_size: int | None = key(None, "Slurm's MaxArraySize (default: ask scontrol)")
+    scratch: str | None = key(None, "node-local folder for caches; the node fills in variables (default: its temporary folder)")
     setup: list[str] = key([], "shell lines before the work starts (modules, environment)")
     extra: dict[str, str] = key({}, "further sbatch options, such as {reservation: team}")
 
@@ -44,8 +47,9 @@ def load_cluster(name: str, gpus_per_node: int | None = None) -> ClusterConfig:
     """The cluster that `--cluster` names; `gpus_per_node` replaces the file's. Raises UsageError."""
     if name == "auto":
         name = "slurm" if shutil.which("sbatch") else "local"
-    known = sorted(p.stem for p in (REPO / "configs" / "cluster").glob("*.yaml"))
-    path = REPO / "configs" / "cluster" / f"{name}.yaml" if name in known else Path(name)
+    folder = data_folder("configs") / "cluster"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    path = folder / f"{name}.yaml" if name in known else Path(name)
     if not path.is_file():
         raise UsageError(f"--cluster {name}: neither one of {', '.join(known)} nor a file")
     cluster = merge(ClusterConfig, [str(path)], {})
@@ -53,6 +57,8 @@ def load_cluster(name: str, gpus_per_node: int | None = None) -> ClusterConfig:
         raise UsageError(f"{path}: kind must be slurm or local")
     if cluster.kind == "slurm" and not shutil.which("sbatch"):
         raise UsageError(f"--cluster {name} is a Slurm cluster and there is no sbatch here: use --cluster local")
+    if cluster.signal_lead_s > 30 * cluster.minutes:
+        raise UsageError(f"{path}: signal_lead_s {cluster.signal_lead_s} is more than half of {cluster.minutes} minutes")
     if gpus_per_node is not None:
         cluster = replace(cluster, gpus_per_node=gpus_per_node)
     return cluster
@@ -66,6 +72,9 @@ class Shape:
     nodes: int = 1
     tasks_per_node: int = 1
     gpus_per_node: int = 0
+    on_failure: list[str] = field(
+        default_factory=list
+    )  # Slurm: the batch script runs it, and srun's exit code, when srun failed
 
 
 def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]], fresh: bool) -> list[str]:
@@ -118,9 +127,22 @@ def still_active(run: Path, name: str) -> list[str]:
         if record["kind"] == "local":
             active += [job for job in record["jobs"] if _is_local_job(int(job))]
         else:
-            listed = _squeue(sorted({job.split("_")[0] for job in record["jobs"]}))
+            listed = slurm.queued(sorted({job.split("_")[0] for job in record["jobs"]}))
             active += [job for job in record["jobs"] if job in listed]
     return active
+
+
+def nudge(run: Path, name: str) -> None:
+    """End the wait that Slurm puts before a requeued job of this run; nothing where there is no Slurm or no such job."""
+    jobs = [job for r in read_jsonl(run / "jobs.jsonl") if r["kind"] == "slurm" and r.get("name") == name for job in r["jobs"]]
+    if jobs:
+        slurm.nudge(jobs)
+
+
+def watch_jobs(run: Path, name: str) -> bool:
+    """`nudge`, and whether a job of this run is queued or running. Raises WorkError where Slurm does not answer."""
+    nudge(run, name)
+    return bool(still_active(run, name))
 
 
 def _chunks(cluster: ClusterConfig, tasks: list[Any]) -> Iterator[list[Any]]:
@@ -167,6 +189,9 @@ def _executor(cluster: ClusterConfig, run: Path, shape: Shape) -> Any:
     named = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
     named["constraint"] = cluster.constraint
     executor.update_parameters(**{f"slurm_{k}": v for k, v in named.items() if v})
+    if shape.on_failure:
+        lines = ["code=$?", f"[ $code = 0 ] || {shlex.join(shape.on_failure)} $code", "exit $code"]
+        executor.update_parameters(slurm_teardown=lines)
     if cluster.mem_gb:
         executor.update_parameters(mem_gb=cluster.mem_gb)
     if not shape.gpus_per_node:
@@ -212,16 +237,6 @@ def _detached(logs: Path) -> Iterator[None]:
 def _sbatch_reason(text: str) -> str:
     reasons = re.findall(r"sbatch: (?:error: )?(.+)", text)
     return "; ".join(dict.fromkeys(r.strip() for r in reasons)) or text.strip().splitlines()[-1]
-
-
-def _squeue(jobs: list[str]) -> set[str]:
-    """Of these job ids, the elements that Slurm still has to run or is running (`12` or `12_3`)."""
-    command = ["squeue", "-h", "-r", "-o", "%i", "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED", "-j"]
-    result = subprocess.run([*command, ",".join(jobs)], capture_output=True, text=True)
-    if result.returncode and "Invalid job id" not in result.stderr:
-        reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "squeue failed"
-        raise WorkError(f"Slurm does not answer ({reason}); the run folder is safe, try again")
-    return set(result.stdout.split())
 
 
 def _is_local_job(pid: int) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stablerep.runtime.config import from_yaml, key, parse, run_command
 from stablerep.runtime.errors import WorkError
-from stablerep.runtime.rundir import REPO, read_json, read_jsonl
+from stablerep.runtime.rundir import REPO, data_folder, read_json, read_jsonl
 
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 
@@ -20,8 +21,8 @@ GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 class DemoConfig:
     """Size of the demo."""
 
-    out: str = key(str(REPO / "demo"), "folder of the demo")
-    captions: list[str] = key([str(REPO / "assets" / "captions.txt")], "caption files")
+    out: str = key("demo", "folder of the demo")
+    captions: list[str] = key([str(data_folder("assets") / "captions.txt")], "caption files")
     images_per_caption: int = key(8, "images a caption")
     steps: int = key(320, "training steps of each method")
     workers: int = key(2, "worker processes and training ranks")
@@ -39,7 +40,8 @@ def guidance_strip(run: Path, count: int) -> tuple[list[str], dict[float, list[b
     """Image 0 of `count` captions at each guidance scale."""
     from generation.captions import read_captions
     from generation.pipeline import TextToImage, generate_captions
-    from generation.plan import GenerateConfig, load_plan
+    from generation.plan import load_plan
+    from generation.settings import GenerateConfig
 
     chosen = read_captions(run / "captions.parquet", 0, min(count, load_plan(run).captions))
     strip = {}
@@ -63,11 +65,11 @@ def main(argv: list[str]) -> int:
         "--nodes", str(config.workers), "--images-per-caption", str(config.images_per_caption),
         "--captions-per-shard", "16",
     )  # fmt: skip
-    for method in ("stablerep", "simclr"):
+    for method, batch in (("stablerep", 240), ("simclr", 120)):  # as many crops: SimCLR makes two of an image
         call(
-            "launch/train.py", "--config", str(REPO / "configs/train/demo.yaml"), "--method", method,
+            "launch/train.py", "--config", str(data_folder("configs") / "train" / "demo.yaml"), "--method", method,
             "--data", str(images), "--out", str(out / method), "--cluster", "local",
-            "--nodes", str(config.workers), "--steps", str(config.steps),
+            "--nodes", str(config.workers), "--steps", str(config.steps), "--global-batch", str(batch),
         )  # fmt: skip
     print("\nscoring on real pictures", flush=True)
     from launch.evaluate import EvaluateConfig, evaluate
@@ -87,7 +89,7 @@ def write_page(config: DemoConfig, images: Path, results: Any, names: dict[str, 
     from stablerep.data.shards import DatasetIndex
     from stablerep.runtime.events import read_events
 
-    index = DatasetIndex([images])
+    index = DatasetIndex(images)
     shown = range(0, len(index), max(1, len(index) // 16))
     cards = [(index.text(i), [index.read(i, j) for j in range(min(6, index.images_per_caption))]) for i in list(shown)[:16]]
     strip_captions, strip = guidance_strip(images, 8)

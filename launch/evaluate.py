@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError

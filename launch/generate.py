@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from generation.plan import GenerateConfig
+from generation.settings import GenerateConfig
 from launch.options import LaunchConfig
 from stablerep.runtime.config import parse, part, run_command
 from stablerep.runtime.errors import UsageError
@@ -26,7 +28,8 @@ def main(argv: list[str]) -> int:
     command = parse(GenerateCommand, argv, prog="generate.py", about=ABOUT)
     if command.nodes < 1:
         raise UsageError("--nodes must be at least 1")
-    from generation.plan import check_resume, load_plan, make_plan, resolve
+    from generation.plan import check_folder, check_resume, load_plan, make_plan, renew
+    from generation.settings import resolve
     from launch.cluster import Shape, load_cluster, render_scripts, still_active, submit
     from launch.job import GenerateTask
 
@@ -40,8 +43,7 @@ def main(argv: list[str]) -> int:
         plan = load_plan(run)
         print(f"{run}: resuming, {plan.captions} captions, {plan.images} images, {plan.shards} shards")
     else:
-        if run.exists() and not command.dry_run and any(p.name != "logs" for p in run.iterdir()):
-            raise UsageError(f"{run} exists and is not a generation run: choose another --out")
+        check_folder(run)
         plan, counts = make_plan(config, write=not command.dry_run)
         print(f"captions: {counts.lines} lines, {counts.empty} empty and {counts.duplicates} duplicates dropped, "
               f"{counts.kept} kept")  # fmt: skip
@@ -61,7 +63,9 @@ def main(argv: list[str]) -> int:
         return 0
     active = still_active(run, JOB)
     missing = max(0, wanted - len(active))
+    started = time.time()
     if missing:
+        renew(config)
         _forget_failures(run)
         ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus) for _ in range(missing)], fresh)
         print(f"submitted {len(ids)} jobs: {' '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}")
@@ -71,25 +75,28 @@ def main(argv: list[str]) -> int:
     if not wait:
         print(f"follow it with: python launch/status.py {os.path.relpath(run)} --watch")
         return 0
-    return _wait(run)
+    return _wait(run, started)
 
 
-def _wait(run: Path) -> int:
-    from launch.cluster import still_active
-    from launch.progress import watch
-    from launch.status import generation_progress, set_aside
+def _wait(run: Path, started: float) -> int:
+    """Show progress to the end; where no job is left, say why from the events since `started` (Unix time)."""
+    from launch.cluster import watch_jobs
+    from launch.progress import Every, watch
+    from launch.status import generation_progress
+    from stablerep.runtime.events import read_events
 
     try:
-        complete = watch(lambda: generation_progress(run), lambda: bool(still_active(run, JOB)), "images")
+        complete = watch(lambda: generation_progress(run), Every(5.0, lambda: watch_jobs(run, JOB)), "images")
     except KeyboardInterrupt:
         print(f"\ndetached; the work goes on. See: python launch/status.py {run}")
         return 3
     if complete:
         print(f"{run}: complete")
         return 0
-    for line in set_aside(run):
-        print(line, file=sys.stderr)
-    print(f"error: {run} is incomplete and no job is left; {run}/logs says why, the same command resumes", file=sys.stderr)
+    failed = [e for e in read_events(run) if e["event"] == "failed" and e["time"] >= started]
+    for why in sorted({f"shard {e['shard']}: {e['why']}" if "shard" in e else e["why"] for e in failed}):
+        print(why, file=sys.stderr)
+    print(f"error: {run} is incomplete and no job is left; see {run}/logs; the same command resumes", file=sys.stderr)
     return 3
 
 

@@ -1,51 +1,26 @@
-"""What runs on a node: small picklable callables that get a run folder, and the requeue."""
+"""What runs on a node: small picklable callables that get a run folder."""
 
-import json
+import contextlib
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
+from launch import preflight, slurm
+from launch.rendezvous import meet, place
+from launch.requeue import check_budget, requeue_self, requeue_training
+from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.events import Events, process_name
-from stablerep.runtime.rundir import write_json
+from stablerep.runtime.rundir import write_atomic
 from stablerep.runtime.stop import StopFlag
-
-RENDEZVOUS_S = 600
-
-
-def requeue_self(events: Events, signal_name: str | None) -> None:
-    """Ask Slurm to run this job (of an array: this element) again after `signal_name`; nothing outside Slurm.
-
-    A job that got TERM and no longer runs was cancelled by its user, or Slurm requeues it by itself: it is left alone.
-    """
-    env = os.environ
-    if "SLURM_JOB_ID" not in env:
-        return
-    array = env.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
-    if signal_name == "SIGTERM" and _client("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() != "RUNNING":
-        events.write("not requeued", job=job, why="cancelled, or requeued by Slurm itself")
-        return
-    events.write("requeued", job=job)
-    result = _client("scontrol", "requeue", job)
-    if result.returncode not in (0, -signal.SIGTERM):
-        events.write("failed", why=f"scontrol requeue {job}: {result.stderr.strip()}")
-        raise WorkError(f"cannot requeue {job} ({result.stderr.strip()}); give the same command again")
+from stablerep.runtime.watchdog import Watchdog, collective_timeout, last_words
+from stablerep.train_config import TrainConfig
 
 
-def _client(*words: str) -> subprocess.CompletedProcess[str]:
-    """A Slurm client that outlives TERM, which a requeue sends to every process of the step."""
-    return subprocess.run(
-        words, capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    )
-
-
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     """End a task with one readable line (submitit turns an exception into a traceback)."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2 if isinstance(error, UsageError) else 1)
@@ -78,71 +53,74 @@ class GenerateTask:
 
 @dataclass
 class TrainTask:
-    """One rank of a training job."""
+    """One rank of a training job. `submitted` (Unix time) tells the lives of local jobs apart, whose ids come again."""
 
     run: str
     gpus: int
+    submitted: int
+    signal_lead_s: int = 120
+    scratch: str | None = None
 
     def __call__(self) -> str:
         """Train to the end, or stop together and requeue."""
         from submitit import JobEnvironment
 
         stop = StopFlag().install()
-        where = JobEnvironment()
+        stop.first_lead_s = float(self.signal_lead_s)
+        where, run = JobEnvironment(), Path(self.run)
         rank, world = where.global_rank, where.num_tasks
-        run = Path(self.run)
-        events = Events(run, process_name(f"train-{rank}"))
-        life = f"{where.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        events.write("started", rank=rank, world=world, host=socket.gethostname(), life=life)
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0") if slurm.own_job() else self.submitted
+        life = f"{where.job_id}-{restart}"
+        events = Events(run, process_name(f"train-{rank}"), life=life, rank=rank)
+        with contextlib.suppress(OSError):  # a node that cannot write here is named by its preflight
+            events.write("started", world=world, host=os.uname().nodename, node=slurm.own_node())
+        try:
+            if rank == 0 and slurm.own_job():
+                check_budget(run, str(where.job_id), beginning=life)
+                stop.end = slurm.own_end()
+            return self._train(where, run, life, events, stop)
+        except (UsageError, WorkError) as error:
+            self._last_words(run, life, rank, events, error, str(error), final=True)
+        except preflight.BadNode as error:
+            self._last_words(run, life, rank, events, error, str(error), final=False)
+        except BaseException as error:  # also a library's SystemExit
+            self._last_words(run, life, rank, events, error, f"{type(error).__name__}: {error}", final=False)
+
+    def _train(self, where: Any, run: Path, life: str, events: Events, stop: StopFlag) -> str:
+        rank, world, local = where.global_rank, where.num_tasks, where.local_rank
+        here = world // where.num_nodes
+        scratch = preflight.scratch_folder(self.scratch)
+        preflight.keep_caches_local(scratch)
+        report = preflight.check_node(run, scratch, slurm.own_node(), rank, local, self.gpus)
+        store = meet(run, life, rank, world, one_node=where.num_nodes == 1)
+        preflight.agree(store, run, life, report, slurm.own_nodes(), world)
+        if rank == 0:
+            place(run, life).unlink(missing_ok=True)
+        hang_timeout_s = from_yaml(TrainConfig, run / "config.yaml").hang_timeout_s
+        watchdog = Watchdog(last_words(run, life, rank), events, hang_timeout_s)
         from stablerep.runtime import dist
         from stablerep.train import train
 
-        try:
-            store = _meet(run, life, rank, world, one_node=where.num_nodes == 1)
-            dist.start(store, rank, world, local_rank=where.local_rank, gpus=self.gpus)
-            outcome = train(run, stop, events)
-            dist.finish()
-            events.write("ended", outcome=outcome, signal=stop.requested)
-            if outcome == "stopped" and rank == 0:
-                requeue_self(events, stop.requested)
-        except (UsageError, WorkError) as error:
-            events.write("failed", why=str(error))
-            _fail(error)
-        except Exception as error:
-            events.write("failed", why=f"{type(error).__name__}: {error}")
-            raise
+        dist.start(store, rank, world, local_rank=local, gpus=self.gpus, timeout_s=collective_timeout(hang_timeout_s))
+        outcome: str = train(run, stop, events, watchdog, life, here)
+        dist.finish()
+        watchdog.close()
+        events.write("ended", outcome=outcome, signal=stop.requested)
+        if outcome == "stopped" and rank == 0:
+            requeue_training(run, events, stop.requested)
+        dist.skip_destructors()
         return outcome
 
-
-def _meet(run: Path, life: str, rank: int, world: int, one_node: bool):  # type: ignore[no-untyped-def]
-    """Rank 0 binds a free port and publishes it in the run folder under this life of the job; the others read it."""
-    from torch.distributed import TCPStore
-
-    path = run / "rendezvous" / f"{life}.json"
-    if rank == 0:
-        store = TCPStore("127.0.0.1" if one_node else "0.0.0.0", 0, world, is_master=True, wait_for_workers=False)
-        write_json(path, {"host": "127.0.0.1" if one_node else _address(), "port": store.port})
-        return store
-    deadline = time.monotonic() + RENDEZVOUS_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise WorkError(f"rank 0 did not publish {path} within {RENDEZVOUS_S} s: its log says why")
-        time.sleep(0.2)
-    place = json.loads(path.read_text())
-    return TCPStore(place["host"], place["port"], world, is_master=False)
-
-
-def _address() -> str:
-    """This node's address as other nodes see it: its name's, unless that is a loopback address."""
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = "127.0.0.1"
-    if not address.startswith("127."):
-        return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing, only asks for the route
-        try:
-            probe.connect(("10.255.255.255", 1))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return address
+    @staticmethod
+    def _last_words(run: Path, life: str, rank: int, events: Events, error: BaseException, why: str, final: bool) -> NoReturn:
+        """Write why this rank ends, and end at once: its peers wait for it in a collective. A `final` fault would be the
+        same again, so that the job is not requeued."""
+        print(f"error: {why}", file=sys.stderr)
+        if not final and not isinstance(error, preflight.BadNode):
+            traceback.print_exception(error)
+        with contextlib.suppress(OSError):
+            write_atomic(last_words(run, life, rank), why + "\n\n" + "".join(traceback.format_exception(error)))
+            events.write("failed", why=why.splitlines()[0], final=final)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UsageError) else 1)

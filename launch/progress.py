@@ -4,6 +4,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -23,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def watch(look: Callable[[], Progress], active: Callable[[], bool], unit: str, until_idle: bool = True) -> bool:
+def watch(look: Callable[[], Progress], active: Callable[[], object], unit: str, until_idle: bool = True) -> bool:
     """Show progress until the run is complete or no job is left; whether it is complete. Ctrl-C detaches."""
     from rich.console import Console
 
@@ -46,6 +49,19 @@ def watch(look: Callable[[], Progress], active: Callable[[], bool], unit: str, u
             if over:
                 return seen.complete
             time.sleep(0.5)
+
+
+class Every(Generic[T]):
+    """Calls a function at most every `seconds`, and repeats its last answer in between: a watcher is gentle to Slurm."""
+
+    def __init__(self, seconds: float, function: Callable[[], T]) -> None:
+        self.seconds, self.function, self.due = seconds, function, 0.0
+
+    def __call__(self) -> T:
+        if time.monotonic() >= self.due:
+            self.answer = self.function()
+            self.due = time.monotonic() + self.seconds
+        return self.answer
 
 
 class _nothing:

@@ -5,9 +5,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.progress import Progress, duration, watch
+from launch.ledger import ledger_lines
+from launch.lives import why_it_failed
+from launch.progress import Every, Progress, duration, watch
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError
 from stablerep.runtime.events import read_events
@@ -40,7 +43,8 @@ def training_progress(run: Path) -> Progress:
     for record in read_jsonl(run / "metrics.jsonl"):
         last = record
     complete = (run / "final" / "encoder.safetensors").exists()
-    detail = f"loss {last['loss']:.4f}  {last['images_per_s']:.0f} images/s" if last else ""
+    loss = "not finite" if last.get("loss") is None else f"{last['loss']:.4f}"
+    detail = f"loss {loss}  {last['images_per_s']:.0f} images/s" if last else ""
     return Progress(total if complete else int(last.get("step", 0)), total, complete, detail)
 
 
@@ -70,6 +74,8 @@ def describe(run: Path) -> list[str]:
         lines = [seen.detail] if seen.detail else []
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
         lines += [f"newest checkpoint {checkpoints[-1].name}"] if checkpoints else []
+        lines += ledger_lines(run)
+        lines += [why] if not seen.complete and (why := why_it_failed(run)) else []
     else:
         raise UsageError(f"{run} is not a run: it has neither plan.json nor train.json")
     events = list(read_events(run))
@@ -94,7 +100,10 @@ def main(argv: list[str]) -> int:
     if config.watch:
         run = runs[0]
         look, unit = (generation_progress, "images") if (run / "plan.json").exists() else (training_progress, "steps")
-        watch(lambda: look(run), lambda: True, unit, until_idle=False)
+        from launch.cluster import nudge
+
+        name = "generate" if unit == "images" else "train"
+        watch(lambda: look(run), Every(5.0, lambda: nudge(run, name)), unit, until_idle=False)
     progress = [generation_progress(r) if (r / "plan.json").exists() else training_progress(r) for r in runs]
     return 0 if all(p.complete for p in progress) else 3
 

@@ -1,4 +1,4 @@
-"""Generation and training on a real Slurm: equal bytes, requeue, kill, node loss, preemption, MaxArraySize, refusals."""
+"""Generation on a real Slurm: equal bytes, requeue, kill, node loss, MaxArraySize, refusals."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_array_over_four_nodes_equals_the_local_run(lab, captions, reference, tm
 
 def test_requeue_kill_and_node_loss_lose_nothing(lab, tmp_path):
     captions = REPO / "assets" / "captions.txt"
-    words = [captions, tmp_path / "run", "--limit", "60", "--steps", "40", "--lease-timeout-s", "3", "--nodes", "4"]
+    words = [captions, tmp_path / "run", "--limit", "42", "--steps", "40", "--lease-timeout-s", "3", "--nodes", "4"]
     run = tmp_path / "run"
     assert generate(lab, *words).returncode == 0
 
@@ -90,7 +90,7 @@ def test_arrays_are_split_at_max_array_size(lab, captions, tmp_path):
     assert "--signal=USR2@30" in done.stdout and "--requeue" in done.stdout
     assert generate(lab, captions, tmp_path / "run", *one).returncode == 0
     assert [len(r["jobs"]) for r in read_jsonl(tmp_path / "run" / "jobs.jsonl")] == [11, 1]
-    lab.until(lambda: (tmp_path / "run" / "dataset.json").exists() and idle(lab), 300, "the dataset")
+    assert len(lab.call("squeue", "-h", "-r", "-o", "%i").stdout.split()) == 12
 
 
 @pytest.mark.parametrize(
@@ -106,28 +106,6 @@ def test_what_slurm_refuses_is_one_line(lab, captions, tmp_path, key, words):
 def test_gpu_nodes_run_a_worker_a_gpu(lab, captions, tmp_path):
     done = generate(lab, captions, tmp_path / "run", "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
     assert "--gpus-per-node=2" in done.stdout and "--ntasks-per-node=2" in done.stdout and "fp16" in done.stdout
-
-
-def test_two_node_training_is_preempted_requeues_itself_and_ends(lab, reference, tmp_path):
-    run = tmp_path / "train"
-    words = [
-        "launch/train.py", "--config", str(REPO / "configs/train/demo.yaml"), "--data", reference, "--out", run,
-        "--cluster", "test", "--nodes", "2", "--global-batch", "16", "--steps", "1500", "--log-every", "1",
-        "--checkpoint-every", "500", "--head-hidden", "32", "--head-out", "16",
-    ]  # fmt: skip
-    done = ours(lab, *words)
-    assert done.returncode == 0, done.stderr
-    lab.until(lambda: (run / "metrics.jsonl").exists(), 180, "a step")
-    high = lab.call("sbatch", "--parsable", "-p", "high", "-N4", "-c4", "-o", "/dev/null", "--wrap", "sleep 3600")
-    assert high.returncode == 0, high.stderr
-    lab.until(lambda: any(e["event"] == "requeued" for e in read_events(run)), 120, "the requeue")
-    lab.call("scancel", high.stdout.strip())
-    lab.until(lambda: (run / "final" / "encoder.safetensors").exists() and idle(lab), 240, "the encoder")
-    resumed = [e for e in read_events(run) if e["event"] == "resumed"]
-    assert len(resumed) == 2 and resumed[0]["step"] > 0 and {e["process"].split("-")[1] for e in resumed} == {"0", "1"}
-    steps = [r["step"] for r in read_jsonl(run / "metrics.jsonl")]
-    assert steps == list(range(1, 1501)), "saved at the signal: no step was lost or done twice"
-    assert len(list(read_jsonl(run / "jobs.jsonl"))) == 1
 
 
 def test_with_accounting(captions, reference, tmp_path):
