@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script: sys.path[0] is this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError
@@ -54,7 +55,7 @@ def remake(run: Path, count: int, device: str) -> list[str]:
     from generation.plan import load_plan
     from stablerep.data.shards import DatasetIndex
 
-    index = DatasetIndex([run])
+    index = DatasetIndex(run)
     rows = {id: i for i, id in enumerate(index.ids)}
     captions = read_captions(run / "captions.parquet", 0, load_plan(run).captions)
     chosen = random.sample(captions, min(count, len(captions)))

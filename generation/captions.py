@@ -56,6 +56,7 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
     files = expand(patterns)
     database = duckdb.connect()
     database.execute(f"SET temp_directory={_quote(str(spill))}; SET preserve_insertion_order=false")
+    database.execute("SET memory_limit='2GB'")  # beyond it DuckDB spills, at no cost in time; its default is 80 % of the node
     database.execute("SET enable_progress_bar=false")
     parts = [_select(database, path, column, spill) for path in files]
     try:
@@ -119,15 +120,21 @@ def _select(database: Any, path: str, column: str | None, spill: Path) -> str:
         "parquet": f"read_parquet({name})",
     }[kind]
     try:
-        present = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()]
+        types = {row[0]: row[1] for row in database.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()}
     except duckdb.Error as error:
         raise UsageError(f"cannot read {path} as {kind}: {_first_line(error)}") from None
     wanted = [column] if column else COLUMNS
-    chosen = next((p for w in wanted for p in present if p.lower() == w.lower()), None)
+    chosen = next((p for w in wanted for p in types if p.lower() == w.lower()), None)
     if chosen is None:
-        raise UsageError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(present)}: --caption-column NAME")
+        raise UsageError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(types)}: --caption-column NAME")
     quoted = '"' + chosen.replace('"', '""') + '"'
-    return f"SELECT CAST({quoted} AS VARCHAR) AS x FROM {reader}"
+    if types[chosen] == "VARCHAR[]":  # several captions a row
+        return f"SELECT unnest({quoted}) AS x FROM {reader}"
+    if types[chosen] == "JSON":  # not text in every line
+        return f"SELECT {quoted} ->> '$' AS x FROM {reader}"
+    if types[chosen] != "VARCHAR":
+        raise UsageError(f"{path}: column {chosen} holds {types[chosen].lower()}, not text: --caption-column NAME")
+    return f"SELECT {quoted} AS x FROM {reader}"
 
 
 def _quote(text: str) -> str:

@@ -72,8 +72,13 @@ class Leases:
             descriptor = os.open(self.path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        os.write(descriptor, json.dumps({"name": self.name}).encode())
-        os.close(descriptor)
+        try:
+            os.write(descriptor, json.dumps({"name": self.name}).encode())
+        except OSError:  # a full disk
+            self.path(number).unlink()
+            raise
+        finally:
+            os.close(descriptor)
         self._held = number
         return True
 

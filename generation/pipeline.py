@@ -1,6 +1,7 @@
 """Captions to pictures: our own denoising loop on the modules of a diffusers Stable Diffusion pipeline."""
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from generation.identity import noise
-from generation.plan import GenerateConfig
+from generation.settings import GenerateConfig
 from stablerep.runtime.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,8 +28,6 @@ class TextToImage:
         self.attention = self._set_attention(config.attention)
         self.scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         size = config.resolution or self.pipe.unet.config.sample_size * self.scale
-        if size % self.scale:
-            raise UsageError(f"--resolution {size} is not a multiple of {self.scale}")
         self.latent_shape = (self.pipe.unet.config.in_channels, size // self.scale, size // self.scale)
         self.retried = 0  # images whose latents or pixels were not finite and were made again in fp32
         self._fp32: Any = None
@@ -148,16 +147,18 @@ def generate_captions(model: TextToImage, captions: list[tuple[str, str]], stopp
     config = model.config
     states = model.encode([text for _, text in captions])
     wanted = [(c, j) for c in range(len(captions)) for j in range(config.images_per_caption)]
-    images: list[list[bytes]] = [[] for _ in captions]
-    for i in range(0, len(wanted), config.batch_size):
-        if stopped is not None and stopped():
-            return None
-        chunk = wanted[i : i + config.batch_size]
-        rows = [c for c, _ in chunk]
-        pictures = model.generate(states[rows], [captions[c][0] for c in rows], [j for _, j in chunk])
-        for (c, _), picture in zip(chunk, pictures, strict=True):
-            images[c].append(encode_jpeg(picture, config.jpeg_quality))
-    return images
+    jpegs: list[Future[list[bytes]]] = []
+    with ThreadPoolExecutor(1) as pool:  # JPEGs are made while the next batch is denoised
+        for i in range(0, len(wanted), config.batch_size):
+            if stopped is not None and stopped():
+                return None
+            chunk = wanted[i : i + config.batch_size]
+            rows = [c for c, _ in chunk]
+            pictures = model.generate(states[rows], [captions[c][0] for c in rows], [j for _, j in chunk])
+            jpegs.append(pool.submit(lambda batch: [encode_jpeg(p, config.jpeg_quality) for p in batch], pictures))
+    made = [jpeg for batch in jpegs for jpeg in batch.result()]
+    m = config.images_per_caption
+    return [made[m * c : m * (c + 1)] for c in range(len(captions))]
 
 
 def load(run: Path, device: str) -> TextToImage:

@@ -5,43 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from generation.captions import CaptionCounts, expand, prepare
-from stablerep.data.shards import read_sidecar, shard_name
-from stablerep.runtime.config import from_yaml, key, to_dict, to_yaml
+from generation.settings import GenerateConfig, fingerprint, image_bytes, model_name
+from stablerep.runtime.config import from_yaml, to_dict, to_yaml
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import REPO, read_json, write_atomic, write_json
-
-TINY = REPO / "assets" / "tiny"
-
-
-@dataclass
-class GenerateConfig:
-    """What is generated. Every key but the last two decides pixels and is frozen with the plan."""
-
-    captions: list[str] = key([], "caption files or globs: txt, csv, tsv, jsonl, parquet, each also .gz or .zst")
-    out: str = key("", "the run folder")
-    model: str = key("tiny", "tiny (the embedded pipeline), a diffusers Stable Diffusion folder, or a hub id")
-    revision: str | None = key(None, "hub revision (a commit, so that the weights are pinned)")
-    images_per_caption: int = key(6, "images a caption")
-    guidance_scale: float = key(2.0, "classifier-free guidance; 1 is none")
-    steps: int = key(12, "DDIM steps")
-    seed: int = key(0, "the noise of an image is a pure function of seed, caption id and image number")
-    resolution: int | None = key(None, "generated size in pixels (default: what the model was trained for)")
-    image_size: int | None = key(None, "stored size in pixels (default: the generated size)")
-    dtype: str = key("auto", "auto (fp16 on GPUs, fp32 on CPUs) | fp32 | fp16 | bf16")
-    attention: str = key("auto", "auto (xformers where it runs, else sdpa) | xformers | sdpa")
-    batch_size: int = key(16, "images a UNet call (twice that with guidance)")
-    jpeg_quality: int = key(95, "JPEG quality, 1 to 100")
-    caption_column: str | None = key(None, "column of the captions (default: caption, text, ...)")
-    limit: int | None = key(None, "only the first N captions by id: an unbiased subset")
-    captions_per_shard: int = key(64, "captions a shard: one or two minutes of one GPU")
-    lease_timeout_s: float = key(120.0, "a worker silent for this long loses its shard to another")
-    attempts: int = key(3, "a shard that fails this often is set aside with its reason")
-
+from stablerep.runtime.rundir import read_json, write_atomic, write_json
 
 FREE = {"out", "captions", "lease_timeout_s", "attempts"}  # may change between two launches of one run
 
@@ -59,62 +30,12 @@ class Plan:
     captions_sha256: str
     dropped: dict[str, int]
     megabytes: float
+    sources_sha256: str  # of the caption files as they were
 
     def rows(self, shard: int) -> tuple[int, int]:
         """First caption and number of captions of a shard."""
         start = shard * self.captions_per_shard
         return start, min(self.captions_per_shard, self.captions - start)
-
-
-def check(config: GenerateConfig) -> None:
-    """Raise UsageError on a value that cannot work."""
-    if not config.out:
-        raise UsageError("--out RUN is missing: the folder that the run goes to")
-    for name in ("images_per_caption", "steps", "batch_size", "captions_per_shard", "attempts"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    for name, values in (("dtype", ("auto", "fp32", "fp16", "bf16")), ("attention", ("auto", "xformers", "sdpa"))):
-        if getattr(config, name) not in values:
-            raise UsageError(f"--{name} {getattr(config, name)} is none of {', '.join(values)}")
-    if config.limit is not None and config.limit < 1:
-        raise UsageError("--limit must be at least 1")
-    if config.lease_timeout_s <= 0:
-        raise UsageError("--lease-timeout-s must be positive")
-
-
-def resolve(config: GenerateConfig, gpus: int) -> GenerateConfig:
-    """Replace what depends on this machine by what the run will use: model folder, dtype. Downloads a hub model once."""
-    check(config)
-    if config.dtype == "auto":
-        config.dtype = "fp16" if gpus else "fp32"
-    path = TINY if config.model == "tiny" else Path(config.model).expanduser()
-    if (path / "model_index.json").exists():
-        config.model = str(path.resolve())
-    elif path.exists() or config.model.count("/") != 1:
-        raise UsageError(f"--model {config.model} is neither a diffusers folder (with model_index.json) nor a hub id")
-    else:
-        from huggingface_hub import snapshot_download
-
-        try:
-            config.model = snapshot_download(
-                config.model, revision=config.revision, ignore_patterns=["*.ckpt", "*.bin", "*.msgpack", "*.onnx*"]
-            )
-        except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-            raise UsageError(
-                f"cannot fetch model {config.model} from the hub ({type(error).__name__}): "
-                "give a folder, or fetch it where there is a network"
-            ) from None
-    return config
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of the names and sizes of a model folder's weights and of the text of its configs."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".txt")):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        if file.suffix == ".json" and file.stat().st_size < 1 << 20:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def plan_hash(config: GenerateConfig, captions_sha256: str) -> str:
@@ -131,7 +52,7 @@ def make_plan(config: GenerateConfig, write: bool) -> tuple[Plan, CaptionCounts]
     """
     if not config.captions:
         raise UsageError("--captions FILE is missing: a list of captions (txt, csv, tsv, jsonl, parquet)")
-    expand(config.captions)
+    files = expand(config.captions)
     run = Path(config.out)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "captions.parquet"
@@ -147,10 +68,11 @@ def make_plan(config: GenerateConfig, write: bool) -> tuple[Plan, CaptionCounts]
             hash=plan_hash(config, data_hash),
             captions_sha256=data_hash,
             dropped={"empty": counts.empty, "duplicates": counts.duplicates},
-            megabytes=round(images * _image_bytes(config) / 1e6, 1),
+            megabytes=round(images * image_bytes(config) / 1e6, 1),
+            sources_sha256=_files_hash(files),
         )
         if write:
-            (run / "shards").mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True, exist_ok=True)
             with open(target, "rb") as source, open(run / ".captions.tmp", "wb") as copy:
                 shutil.copyfileobj(source, copy)
                 copy.flush()
@@ -168,21 +90,38 @@ def load_plan(run: Path) -> Plan:
     return Plan(**read_json(run / "plan.json"))
 
 
+def check_folder(run: Path) -> None:
+    """Raise UsageError where `run` holds anything but logs and what an interrupted `make_plan` leaves."""
+    ours = {"logs", "captions.parquet", "config.yaml"}
+    if run.exists() and any(p.name not in ours and not p.name.endswith(".tmp") for p in run.iterdir()):
+        raise UsageError(f"{run} exists and is not a generation run: choose another --out")
+
+
 def check_resume(config: GenerateConfig) -> None:
     """Raise UsageError, naming each key, where a run exists that was planned with other pixels."""
     run = Path(config.out)
     old, new = to_dict(from_yaml(GenerateConfig, run / "config.yaml")), to_dict(config)
     changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k not in FREE and old[k] != new[k]]
-    if config.captions and [str(Path(c).resolve()) for c in config.captions] != [
-        str(Path(c).resolve()) for c in old["captions"]
-    ]:
-        changed.append(f"captions {' '.join(old['captions'])} -> {' '.join(config.captions)}")
     if changed:
         raise UsageError(f"{run} was planned with other settings ({'; '.join(changed)}): use another --out")
+    if config.captions and _files_hash(expand(config.captions)) != load_plan(run).sources_sha256:
+        raise UsageError(
+            f"{' '.join(config.captions)}: not the captions that {run} was planned with; use another --out for these, "
+            "or leave --captions out to go on with the frozen ones"
+        )
+
+
+def renew(config: GenerateConfig) -> None:
+    """Let a planned run's next workers use this launch's settings of how to work; those of what to make stay frozen."""
+    path = Path(config.out) / "config.yaml"
+    frozen = from_yaml(GenerateConfig, path)
+    write_atomic(path, to_yaml(replace(frozen, lease_timeout_s=config.lease_timeout_s, attempts=config.attempts)))
 
 
 def finished_shards(run: Path, plan: Plan) -> int:
     """How many shards have their sidecar (one listing of the folder)."""
+    from stablerep.data.shards import shard_name
+
     try:
         names = set(os.listdir(run / "shards"))
     except FileNotFoundError:
@@ -195,6 +134,8 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
 
     Raises UsageError where a shard's sidecar is missing.
     """
+    from stablerep.data.shards import read_sidecar, shard_name
+
     shards = []
     for k in range(plan.shards):
         sidecar = read_sidecar(run / "shards", k)
@@ -215,7 +156,7 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
             "images_per_caption": plan.images_per_caption,
             "bytes": sum(s["filesize"] for s in shards),
             "plan_hash": plan.hash,
-            "model": Path(config.model).name,
+            "model": model_name(config.model),
             "guidance_scale": config.guidance_scale,
             "seed": config.seed,
             "shardlist": shards,
@@ -223,23 +164,11 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
     )
 
 
-def _image_bytes(config: GenerateConfig) -> float:
-    """Rough size of a stored JPEG: 1.2 bits a pixel at quality 95 of photographs, and 2.2 kB of tar and tables."""
-    size = config.image_size or config.resolution or _native_size(Path(config.model))
-    return 2200 + 0.15 * 1.6 * size * size
-
-
-def _native_size(model: Path) -> int:
-    unet, vae = read_json(model / "unet" / "config.json"), read_json(model / "vae" / "config.json")
-    return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def _file_hash(path: Path) -> str:
+def _file_hash(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def public_settings(config: GenerateConfig) -> dict[str, Any]:
-    """The settings that go into every sample's JSON."""
-    names = ("seed", "guidance_scale", "steps", "dtype", "revision")
-    return {"model": Path(config.model).name, **{n: getattr(config, n) for n in names}}
+def _files_hash(files: list[str]) -> str:
+    """One hash of the contents of several files, in order; their names do not count."""
+    return hashlib.sha256(" ".join(map(_file_hash, files)).encode()).hexdigest()

@@ -4,12 +4,14 @@ import errno
 import time
 import traceback
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from generation.captions import read_captions
 from generation.lease import Leases
-from generation.plan import GenerateConfig, Plan, load_plan, public_settings, write_dataset
+from generation.plan import Plan, load_plan, write_dataset
+from generation.settings import GenerateConfig, public_settings
 from stablerep.data.shards import Sample, read_sidecar, shard_name, write_shard
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
@@ -32,16 +34,20 @@ def work(run: Path, *, device: str, stop: StopFlag, name: str) -> str:
     """
     config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
     events = Events(run, name)
-    events.write("started", device=device)
-    leases = Leases(run / "leases", name, config.lease_timeout_s)
     try:
-        outcome = _Worker(run, config, plan, device, stop, events, leases).loop()
-    except (UsageError, WorkError) as error:
-        events.write("failed", why=str(error))
-        raise
-    finally:
-        leases.close()
-    events.write("ended", outcome=outcome, signal=stop.requested)
+        events.write("started", device=device)
+        leases = Leases(run / "leases", name, config.lease_timeout_s)
+        try:
+            outcome = _Worker(run, config, plan, device, stop, events, leases).loop()
+        finally:
+            leases.close()
+        events.write("ended", outcome=outcome, signal=stop.requested)
+    except (UsageError, WorkError, OSError) as error:
+        if isinstance(error, OSError):
+            error = WorkError(f"cannot write to {run}: {error.strerror}; mend it and give the same command again")
+        with suppress(OSError):  # the disk may be full
+            events.write("failed", why=str(error))
+        raise error from None
     return outcome
 
 
@@ -97,9 +103,7 @@ class _Worker:
             raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise WorkError(
-                    f"cannot write to {self.run}: {error.strerror}; make room and give the same command again"
-                ) from None
+                raise  # no fault of the shard, and another attempt does not cure it
             self.fail(shard, error)
         except Exception as error:
             self.fail(shard, error)

@@ -1,12 +1,14 @@
 """A small caption list, and a reference dataset made by one worker."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from helpers import REPO, SMALL, command
+from workers import Nursery
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,11 @@ def reference(captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = command("launch/generate.py", "--captions", captions, "--out", run, "--cluster", "local", *SMALL)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts workers fast."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()

@@ -78,6 +78,14 @@ def test_column_is_found_or_named(tmp_path):
     assert prepare([str(tmp_path / "a.csv")], "words", None, tmp_path / "o.parquet", tmp_path / "s").kept == 2
 
 
+def test_rows_with_several_captions_and_lines_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"captions": ["one", "two"]}\n{"captions": ["three"]}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": 5}\n{"text": null}\n')
+    counts = prepare([str(tmp_path / "?.jsonl")], None, None, tmp_path / "o.parquet", tmp_path / "s")
+    assert {text for _, text in read_captions(tmp_path / "o.parquet", 0, 9)} == {"one", "two", "three", "four", "5"}
+    assert (counts.lines, counts.empty) == (6, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -87,6 +95,7 @@ def test_column_is_found_or_named(tmp_path):
         ("a.txt", b"caf\xe9 \xff\xfe\n", "cannot read captions"),
         ("a.parquet", b"not parquet", "cannot read"),
         ("a.jsonl", b"{broken\n", "cannot read"),
+        ("a.jsonl", b'{"text": {"en": "a"}}\n', "not text"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name, content, words):

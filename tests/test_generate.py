@@ -1,95 +1,110 @@
-"""Generation on this machine: identity, leases, kills, resume."""
+"""Generation on this machine: identity, resume, refusals, the audit."""
 
-import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, command, kill_all, local_pids, shard_bytes, wait_for
+from helpers import REPO, command, shard_bytes
+from workers import complete, generate, plan
 
-from generation.lease import Leases
+from generation.identity import caption_id
+from generation.plan import check_resume, renew
+from generation.settings import GenerateConfig, public_settings, resolve
+from stablerep.data.shards import DatasetIndex
 from stablerep.runtime.config import from_yaml
-from stablerep.runtime.events import read_events
-from stablerep.runtime.stop import StopFlag
-
-
-def generate(captions, run, *more):
-    return command("launch/generate.py", "--captions", captions, "--out", run, "--cluster", "local", *SMALL, *more)
+from stablerep.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize("workers", [2, 5])
-def test_any_number_of_workers_gives_equal_bytes(captions, reference, tmp_path, workers):
-    done = generate(captions, tmp_path / "run", "--nodes", str(workers))
-    assert done.returncode == 0, done.stderr
-    assert shard_bytes(tmp_path / "run") == shard_bytes(reference)
-    assert (tmp_path / "run" / "dataset.json").read_text() == (reference / "dataset.json").read_text()
+def test_any_number_of_workers_gives_equal_bytes(captions, reference, tmp_path, nursery, workers):
+    run = tmp_path / "run"
+    plan(run, captions)
+    complete(run, nursery.start(run, workers))
+    assert shard_bytes(run) == shard_bytes(reference)
+    assert (run / "dataset.json").read_text() == (reference / "dataset.json").read_text()
 
 
-def test_shard_size_batch_place_and_subset_do_not_change_an_image(captions, reference, tmp_path):
-    from stablerep.data.shards import DatasetIndex
-
-    small = [*SMALL[:2], "--captions-per-shard", "5", *SMALL[4:]]
-    done = command(
-        "launch/generate.py", "--captions", captions, "--out", tmp_path / "r", "--cluster", "local", *small, "--limit", "7"
-    )
-    assert done.returncode == 0, done.stderr
-    old, new = DatasetIndex([reference]), DatasetIndex([tmp_path / "r"])
+def test_shard_size_and_subset_do_not_change_an_image(captions, reference, tmp_path, nursery):
+    run = tmp_path / "run"
+    plan(run, captions, captions_per_shard=5, limit=7)
+    complete(run, nursery.start(run, 1))
+    old, new = DatasetIndex(reference), DatasetIndex(run)
     assert new.ids == old.ids[:7]
     assert all(new.read(i, j) == old.read(i, j) for i in range(7) for j in range(2))
-
-
-def test_sigkill_at_random_moments_loses_nothing(tmp_path):
-    run, chance = tmp_path / "run", random.Random(0)
-    words = [REPO / "assets" / "captions.txt", run, "--limit", "60", "--steps", "25", "--lease-timeout-s", "2", "--nodes", "2"]
-
-    def committed():
-        return len(list((run / "shards").glob("*.json")))
-
-    try:
-        for _ in range(3):
-            before = committed()
-            assert generate(*words, "--wait", "false").returncode == 0
-            wait_for(lambda n=before: committed() > n, 120, "a shard")
-            time.sleep(chance.uniform(0, 1.5))  # the moment of the kill, not a wait for something
-            kill_all(run)
-        assert 3 <= committed() < 20 and list((run / "leases").glob("*.lease")), "killed at work"
-        whole = shard_bytes(run)
-        done = generate(*words)
-    finally:
-        kill_all(run)
-    assert done.returncode == 0, done.stderr
-    ended = shard_bytes(run)
-    assert len(ended) == 20 and all(ended[name] == whole[name] for name in whole), "what was committed stays"
-    audit = command("generation/audit.py", run, "--remake", "5")
-    assert audit.returncode == 0, audit.stdout
-
-
-def test_term_releases_the_lease_and_the_same_command_resumes(tmp_path):
-    run = tmp_path / "run"
-    words = [REPO / "assets" / "captions.txt", run, "--limit", "60", "--steps", "25"]
-    assert generate(*words, "--wait", "false").returncode == 0
-    wait_for(lambda: any(e["event"] == "claimed" for e in read_events(run)), 60, "a claim")
-    pid = int(next(e for e in read_events(run) if e["event"] == "claimed")["process"].rsplit("-", 1)[1])
-    os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: not local_pids(run), 60, "a clean stop")
-    assert not list((run / "leases").glob("*.lease")) and not (run / "dataset.json").exists()
-    assert [e["outcome"] for e in read_events(run) if e["event"] == "ended"] == ["stopped"]
-    assert command("launch/status.py", run).returncode == 3
-    assert generate(*words).returncode == 0
-    assert command("generation/audit.py", run, "--remake", "2").returncode == 0
 
 
 def test_resume_with_other_pixels_is_refused(captions, reference):
     done = generate(captions, reference, "--guidance-scale", "4")
     assert done.returncode == 2 and "guidance_scale 2.0 -> 4.0" in done.stderr and done.stderr.count("\n") == 1
     assert generate(captions, reference, "--nodes", "3").returncode == 0
+
+
+def test_installed_copy_works_from_any_folder(captions, tmp_path):
+    source, site, run = tmp_path / "source", tmp_path / "site", tmp_path / "run"
+    for name in ("launch", "generation", "stablerep", "assets", "configs"):
+        shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    shutil.rmtree(source)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.generate", "--captions", captions, "--out", "run", "--cluster", "local", "--limit", "4",
+         "--images-per-caption", "1", "--steps", "2"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+    )  # fmt: skip
+    assert done.returncode == 0 and (run / "dataset.json").exists(), done.stderr
+    assert from_yaml(GenerateConfig, run / "config.yaml").model == str(site / "stablerep" / "assets" / "tiny")
+
+
+def test_captions_that_changed_since_the_plan_are_refused(captions, tmp_path):
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    shutil.copy(captions, mine)
+    plan(run, mine)
+    config = from_yaml(GenerateConfig, run / "config.yaml")
+    check_resume(replace(config, captions=[str(captions)]))  # another name, the same content
+    mine.write_text("something else\n")
+    with pytest.raises(UsageError, match="not the captions"):
+        check_resume(config)
+    check_resume(replace(config, captions=[]))
+
+
+def test_settings_of_how_to_work_may_change_and_take_effect(captions, tmp_path):
+    run = tmp_path / "run"
+    plan(run, captions)
+    config = replace(from_yaml(GenerateConfig, run / "config.yaml"), attempts=7, lease_timeout_s=9.0)
+    check_resume(config)
+    renew(replace(config, captions=[]))
+    assert from_yaml(GenerateConfig, run / "config.yaml") == config
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(captions, tmp_path):
+    bad = {"steps": 1001, "jpeg_quality": 0, "image_size": 0, "resolution": 30, "batch_size": 0, "dtype": "fp8"}
+    for name, value in bad.items():
+        with pytest.raises(UsageError, match=name.replace("_", "-")):
+            plan(tmp_path / "run", captions, **{name: value})
+    shutil.copytree(REPO / "assets" / "tiny", tmp_path / "model", ignore=shutil.ignore_patterns("unet"))
+    with pytest.raises(UsageError, match="not a Stable Diffusion pipeline"):
+        plan(tmp_path / "run", captions, model=str(tmp_path / "model"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_model_is_named_by_its_id_and_pinned(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abcd"
+    shutil.copytree(REPO / "assets" / "tiny", cached)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(cached))
+    config = resolve(GenerateConfig(out="-", model="owner/name"), 0)
+    assert config.revision == "0123abcd" and public_settings(config)["model"] == "owner/name"
 
 
 def test_dry_run_writes_nothing(captions, tmp_path):
@@ -121,68 +136,33 @@ def test_missing_model_and_folder_in_use_are_one_line(captions, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
-def test_shard_that_fails_thrice_is_set_aside(captions, tmp_path, reference, monkeypatch):
-    import generation.pipeline
-    from generation.plan import GenerateConfig, make_plan
-    from generation.worker import work
+def test_jpegs_are_made_while_the_next_batch_is_denoised(captions, tmp_path, monkeypatch):
+    import generation.pipeline as pipeline
 
-    run, real = tmp_path / "run", generation.pipeline.generate_captions
-    make_plan(replace(from_yaml(GenerateConfig, reference / "config.yaml"), out=str(run)), write=True)
+    plan(tmp_path / "run", captions)
+    model, batches = pipeline.load(tmp_path / "run", "cpu"), []
+    next_batch, denoise, encode = threading.Event(), model.generate, pipeline.encode_jpeg
 
-    def broken(model, chunk, stopped):
-        if any("astronaut" in text for _, text in chunk):
-            raise RuntimeError("no astronauts")
-        return real(model, chunk, stopped=stopped)
+    def generate(*words):
+        batches.append(words)
+        if len(batches) == 2:
+            next_batch.set()
+        return denoise(*words)
 
-    monkeypatch.setattr(generation.pipeline, "generate_captions", broken)
-    assert work(run, device="cpu", stop=StopFlag(), name="test") == "incomplete"
-    assert len(shard_bytes(run)) == 3 and not (run / "dataset.json").exists()
-    assert "failed 3 times: RuntimeError: no astronauts" in command("launch/status.py", run).stdout
-    assert generate(captions, run).returncode == 0, "a new launch gives it new attempts"
-    assert shard_bytes(run) == shard_bytes(reference)
+    def wait_and_encode(*words):
+        assert next_batch.wait(120), "the second batch waits for the first one's JPEGs"
+        return encode(*words)
 
-
-def test_model_that_does_not_load_is_one_line_and_no_fault_of_the_shards(captions, tmp_path):
-    model, run = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(REPO / "assets" / "tiny", model)
-    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
-    done = generate(captions, run, "--model", str(model))
-    assert done.returncode == 3 and "Traceback" not in done.stderr and not (run / "failures").exists()
-    assert "cannot load" in next(iter(run.glob("logs/*_log.out"))).read_text()
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(pipeline, "encode_jpeg", wait_and_encode)
+    images = pipeline.generate_captions(model, [(caption_id(t), t) for t in ("a red bag", "a blue coat", "a green dress")])
+    assert len(batches) == 2 and [len(i) for i in images] == [2, 2, 2]
 
 
 def test_status_tells_from_files(reference, tmp_path):
     done = command("launch/status.py", reference)
     assert done.returncode == 0 and "complete, 24/24 images" in done.stdout
     assert command("launch/status.py", tmp_path).returncode == 2
-
-
-def test_stale_lease_is_taken_over_and_a_fresh_one_is_not(tmp_path):
-    mine, other = Leases(tmp_path, "mine", 2.0), Leases(tmp_path, "other", 2.0)
-    try:
-        assert mine.claim(1) == "claimed" and other.claim(1) is None
-        old = time.time() - 100
-        (tmp_path / "000002.lease").write_text(json.dumps({"name": "dead"}))
-        os.utime(tmp_path / "000002.lease", (old, old))
-        assert other.claim(2) == "taken over"
-        (tmp_path / "000001.lease").write_text(json.dumps({"name": "thief"}))
-        mine.release()
-        assert (tmp_path / "000001.lease").exists(), "somebody else's lease is left alone"
-    finally:
-        mine.close()
-        other.close()
-
-
-def test_many_claimants_of_a_stale_lease_have_one_winner(tmp_path):
-    (tmp_path / "000000.lease").write_text("{}")
-    os.utime(tmp_path / "000000.lease", (0, 0))
-    child = (
-        f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom pathlib import Path\nfrom generation.lease import Leases\n"
-        f"print(Leases(Path({str(tmp_path)!r}), sys.argv[1], 60.0).claim(0))"
-    )
-    children = [subprocess.Popen([sys.executable, "-c", child, str(k)], stdout=subprocess.PIPE, text=True) for k in range(8)]
-    answers = [c.communicate()[0].strip() for c in children]
-    assert len([a for a in answers if a != "None"]) == 1
 
 
 def test_nonfinite_latents_are_made_again_in_fp32(captions, reference):

@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 

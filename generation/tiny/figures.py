@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from stablerep.runtime.config import key, parse, run_command
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
 
     from generation.identity import caption_id
     from generation.pipeline import TextToImage
-    from generation.plan import GenerateConfig, resolve
+    from generation.settings import GenerateConfig, resolve
     from generation.tiny.data import CLASSES, COLOURS, caption
 
     classifier, accuracy = train_classifier(Path(config.source), config.steps)

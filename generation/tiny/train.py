@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.rundir import REPO

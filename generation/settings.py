@@ -1,0 +1,128 @@
+"""What is generated: the settings, checked, and resolved to what this machine has."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stablerep.runtime.config import key
+from stablerep.runtime.errors import UsageError
+from stablerep.runtime.rundir import data_folder, read_json
+
+TINY = data_folder("assets") / "tiny"
+
+
+@dataclass
+class GenerateConfig:
+    """What is generated. Every key but the last two decides pixels and is frozen with the plan."""
+
+    captions: list[str] = key([], "caption files or globs: txt, csv, tsv, jsonl, parquet, each also .gz or .zst")
+    out: str = key("", "the run folder")
+    model: str = key("tiny", "tiny (the embedded pipeline), a diffusers Stable Diffusion folder, or a hub id")
+    revision: str | None = key(None, "hub revision (a commit, so that the weights are pinned)")
+    images_per_caption: int = key(6, "images a caption")
+    guidance_scale: float = key(2.0, "classifier-free guidance; 1 is none")
+    steps: int = key(12, "DDIM steps")
+    seed: int = key(0, "the noise of an image is a pure function of seed, caption id and image number")
+    resolution: int | None = key(None, "generated size in pixels (default: what the model was trained for)")
+    image_size: int | None = key(None, "stored size in pixels (default: the generated size)")
+    dtype: str = key("auto", "auto (fp16 on GPUs, fp32 on CPUs) | fp32 | fp16 | bf16")
+    attention: str = key("auto", "auto (xformers where it runs, else sdpa) | xformers | sdpa")
+    batch_size: int = key(16, "images a UNet call (twice that with guidance)")
+    jpeg_quality: int = key(95, "JPEG quality, 1 to 100")
+    caption_column: str | None = key(None, "column of the captions (default: caption, text, ...)")
+    limit: int | None = key(None, "only the first N captions by id: an unbiased subset")
+    captions_per_shard: int = key(64, "captions a shard: one or two minutes of one GPU")
+    lease_timeout_s: float = key(120.0, "a worker silent for this long loses its shard to another")
+    attempts: int = key(3, "a shard that fails this often is set aside with its reason")
+
+
+def check(config: GenerateConfig) -> None:
+    """Raise UsageError on a value that cannot work."""
+    if not config.out:
+        raise UsageError("--out RUN is missing: the folder that the run goes to")
+    for name in ("images_per_caption", "steps", "batch_size", "captions_per_shard", "attempts"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, values in (("dtype", ("auto", "fp32", "fp16", "bf16")), ("attention", ("auto", "xformers", "sdpa"))):
+        if getattr(config, name) not in values:
+            raise UsageError(f"--{name} {getattr(config, name)} is none of {', '.join(values)}")
+    if config.limit is not None and config.limit < 1:
+        raise UsageError("--limit must be at least 1")
+    if config.lease_timeout_s <= 0:
+        raise UsageError("--lease-timeout-s must be positive")
+    if config.steps > 1000:
+        raise UsageError("--steps must be at most 1000, the steps that the model's noise schedule has")
+    if not 1 <= config.jpeg_quality <= 100:
+        raise UsageError("--jpeg-quality must be from 1 to 100")
+    if config.image_size is not None and config.image_size < 1:
+        raise UsageError("--image-size must be at least 1")
+
+
+def resolve(config: GenerateConfig, gpus: int) -> GenerateConfig:
+    """Replace what depends on this machine by what the run will use: model folder, dtype. Downloads a hub model once."""
+    check(config)
+    if config.dtype == "auto":
+        config.dtype = "fp16" if gpus else "fp32"
+    path = TINY if config.model == "tiny" else Path(config.model).expanduser()
+    if (path / "model_index.json").exists():
+        config.model = str(path.resolve())
+    elif path.exists() or config.model.count("/") != 1:
+        raise UsageError(f"--model {config.model} is neither a diffusers folder (with model_index.json) nor a hub id")
+    else:
+        from huggingface_hub import snapshot_download
+
+        try:
+            config.model = snapshot_download(
+                config.model, revision=config.revision, ignore_patterns=["*.ckpt", "*.bin", "*.msgpack", "*.onnx*"]
+            )
+            config.revision = Path(config.model).name  # the commit that the name meant today
+        except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
+            raise UsageError(
+                f"cannot fetch model {config.model} from the hub ({type(error).__name__}): "
+                "give a folder, or fetch it where there is a network"
+            ) from None
+    if not (Path(config.model) / "unet" / "config.json").exists():
+        raise UsageError(f"--model {config.model} is not a Stable Diffusion pipeline: it has no unet/config.json")
+    scale = _scale(Path(config.model))
+    if config.resolution is not None and (config.resolution < 1 or config.resolution % scale):
+        raise UsageError(f"--resolution {config.resolution} is not a multiple of {scale}")
+    return config
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the names and sizes of a model folder's weights and of the text of its configs."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".txt")):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        if file.suffix == ".json" and file.stat().st_size < 1 << 20:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def public_settings(config: GenerateConfig) -> dict[str, Any]:
+    """The settings that go into every sample's JSON."""
+    names = ("seed", "guidance_scale", "steps", "dtype", "revision")
+    return {"model": model_name(config.model), **{n: getattr(config, n) for n in names}}
+
+
+def image_bytes(config: GenerateConfig) -> float:
+    """Rough size of a stored JPEG: 1.2 bits a pixel at quality 95 of photographs, and 2.2 kB of tar and tables."""
+    size = config.image_size or config.resolution or _native_size(Path(config.model))
+    return 2200 + 0.15 * 1.6 * size * size
+
+
+def _native_size(model: Path) -> int:
+    return int(read_json(model / "unet" / "config.json")["sample_size"]) * _scale(model)
+
+
+def _scale(model: Path) -> int:
+    """Pixels a latent cell, each way."""
+    levels: int = len(read_json(model / "vae" / "config.json")["block_out_channels"])
+    return 1 << (levels - 1)
+
+
+def model_name(model: str) -> str:
+    """A folder's name, or the hub id that its place in the hub's cache (models--OWNER--NAME) stands for."""
+    hub = [p for p in Path(model).parts if p.startswith("models--")]
+    return hub[-1].removeprefix("models--").replace("--", "/") if hub else Path(model).name

@@ -1,0 +1,178 @@
+"""Generation interrupted: kills, signals, full disks, failing shards, leases."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+from helpers import REPO, command, kill_all, local_pids, shard_bytes, wait_for
+from workers import alive, committed, complete, generate, generate_line, plan
+
+from generation.lease import Leases
+from generation.plan import check_folder, load_plan, make_plan
+from generation.settings import GenerateConfig
+from generation.worker import work
+from stablerep.runtime.config import from_yaml
+from stablerep.runtime.errors import WorkError
+from stablerep.runtime.events import read_events
+from stablerep.runtime.stop import StopFlag
+
+
+def test_sigkill_at_random_moments_loses_nothing(tmp_path, nursery):
+    run, chance, held = tmp_path / "run", random.Random(0), False
+    plan(run, REPO / "assets" / "captions.txt", limit=36, captions_per_shard=2, steps=25, lease_timeout_s=2)
+    for _ in range(3):
+        before, pids = committed(run), nursery.start(run, 2)
+        wait_for(lambda n=before: committed(run) > n, 240, "a shard")
+        last = max((e for e in read_events(run) if e["event"] == "committed"), key=lambda e: e["time"], default={"seconds": 1})
+        time.sleep(chance.uniform(0, last["seconds"]))  # the moment of the kill, not a wait for something
+        nursery.kill(pids)
+        held = held or any((run / "leases").glob("*.lease"))
+    assert held and committed(run) < 18, "killed at work"
+    whole = {name: data for name, data in shard_bytes(run).items() if (run / "shards" / name).with_suffix(".json").exists()}
+    complete(run, nursery.start(run, 2))
+    ended = shard_bytes(run)
+    assert len(ended) == 18 and all(ended[name] == whole[name] for name in whole), "what was committed stays"
+    audit = command("generation/audit.py", run, "--remake", "5")
+    assert audit.returncode == 0, audit.stdout
+
+
+def test_term_releases_the_lease(tmp_path, nursery):
+    run = tmp_path / "run"
+    plan(run, REPO / "assets" / "captions.txt", limit=60, steps=50)
+    (pid,) = nursery.start(run, 1)
+    wait_for(lambda: any(e["event"] == "claimed" for e in read_events(run)), 120, "a claim")
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not alive(pid), 120, "a clean stop")
+    assert not list((run / "leases").iterdir()) and not (run / "dataset.json").exists()
+    assert [(e["outcome"], e["signal"]) for e in read_events(run) if e["event"] == "ended"] == [("stopped", "SIGTERM")]
+    assert command("launch/status.py", run).returncode == 3
+
+
+def test_ctrl_c_detaches_a_closed_terminal_stops_and_the_same_command_resumes(tmp_path):
+    run = tmp_path / "run"  # too long to end within this test
+    line = generate_line(REPO / "assets" / "captions.txt", run, "--steps", "50", "--nodes", "2")
+    terminal = subprocess.Popen(
+        [sys.executable, *map(str, line)], cwd=REPO, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal; pytest's workers ignore it
+    )  # fmt: skip
+    try:
+        wait_for(lambda: committed(run), 240, "a shard")
+        os.killpg(terminal.pid, signal.SIGINT)
+        said, _ = terminal.communicate(timeout=120)
+        assert terminal.returncode == 3 and f"detached; the work goes on. See: python launch/status.py {run}" in said
+        assert "Traceback" not in said
+        before = committed(run)
+        wait_for(lambda: committed(run) > before, 120, "work after Ctrl-C")
+        os.killpg(terminal.pid, signal.SIGHUP)
+        wait_for(lambda: not local_pids(run), 120, "a clean stop")
+        assert not list((run / "leases").iterdir()) and not (run / "dataset.json").exists()
+        ends = [(e["outcome"], e["signal"]) for e in read_events(run) if e["event"] == "ended"]
+        assert ends == [("stopped", "SIGHUP")] * 2
+        stopped = shard_bytes(run)
+        assert command(*line, "--wait", "false").returncode == 0
+        wait_for(lambda: committed(run) > len(stopped), 240, "work after the same command")
+    finally:
+        kill_all(run)
+    ended = shard_bytes(run)
+    assert all(ended[name] == stopped[name] for name in stopped)
+
+
+def test_an_interrupted_plan_is_made_again(captions, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for name in ("os.replace", "generation.plan.write_atomic", "generation.plan.write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                plan(run, captions)
+        assert run.exists() and not (run / "plan.json").exists()
+        check_folder(run)
+    plan(run, captions)
+    assert load_plan(run).captions == 12
+
+
+def test_shard_that_fails_thrice_is_set_aside(captions, tmp_path, reference, monkeypatch):
+    import generation.pipeline
+
+    run, real = tmp_path / "run", generation.pipeline.generate_captions
+    make_plan(replace(from_yaml(GenerateConfig, reference / "config.yaml"), out=str(run)), write=True)
+
+    def broken(model, chunk, stopped):
+        if any("astronaut" in text for _, text in chunk):
+            raise RuntimeError("no astronauts")
+        return real(model, chunk, stopped=stopped)
+
+    monkeypatch.setattr(generation.pipeline, "generate_captions", broken)
+    assert work(run, device="cpu", stop=StopFlag(), name="test") == "incomplete"
+    assert len(shard_bytes(run)) == 3 and not (run / "dataset.json").exists()
+    assert "failed 3 times: RuntimeError: no astronauts" in command("launch/status.py", run).stdout
+    assert generate(captions, run).returncode == 0, "a new launch gives it new attempts"
+    assert shard_bytes(run) == shard_bytes(reference)
+
+
+def test_full_disk_is_one_line_and_keeps_everything(captions, tmp_path, reference, monkeypatch):
+    run = tmp_path / "run"
+    plan(run, captions)
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 5:  # the second shard's tar
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WorkError, match=r"cannot write to .*No space left"):
+            work(run, device="cpu", stop=StopFlag(), name="test")
+    assert committed(run) == 1 and not (run / "failures").exists()
+    assert not list((run / "leases").iterdir()) and not list(run.rglob("*.tmp"))
+    assert work(run, device="cpu", stop=StopFlag(), name="test") == "done"
+    assert shard_bytes(run) == shard_bytes(reference)
+
+
+def test_model_that_does_not_load_is_one_line_and_no_fault_of_the_shards(captions, tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(REPO / "assets" / "tiny", model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    done = generate(captions, run, "--model", str(model))
+    assert done.returncode == 3 and "Traceback" not in done.stderr and not (run / "failures").exists()
+    assert "cannot load" in done.stderr and "the same command resumes" in done.stderr
+    assert "cannot load" in next(iter(run.glob("logs/*_log.out"))).read_text()
+
+
+def test_stale_lease_is_taken_over_and_a_fresh_one_is_not(tmp_path):
+    mine, other = Leases(tmp_path, "mine", 2.0), Leases(tmp_path, "other", 2.0)
+    try:
+        assert mine.claim(1) == "claimed" and other.claim(1) is None
+        old = time.time() - 100
+        (tmp_path / "000002.lease").write_text(json.dumps({"name": "dead"}))
+        os.utime(tmp_path / "000002.lease", (old, old))
+        assert other.claim(2) == "taken over"
+        (tmp_path / "000001.lease").write_text(json.dumps({"name": "thief"}))
+        mine.release()
+        assert (tmp_path / "000001.lease").exists(), "somebody else's lease is left alone"
+    finally:
+        mine.close()
+        other.close()
+
+
+def test_many_claimants_of_a_stale_lease_have_one_winner(tmp_path):
+    (tmp_path / "000000.lease").write_text("{}")
+    os.utime(tmp_path / "000000.lease", (0, 0))
+    child = (
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom pathlib import Path\nfrom generation.lease import Leases\n"
+        f"print(Leases(Path({str(tmp_path)!r}), sys.argv[1], 60.0).claim(0))"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", child, str(k)], stdout=subprocess.PIPE, text=True) for k in range(8)]
+    answers = [c.communicate()[0].strip() for c in children]
+    assert len([a for a in answers if a != "None"]) == 1
