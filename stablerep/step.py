@@ -11,8 +11,6 @@ from stablerep.engine import full_gradient_step
 from stablerep.methods.base import Encoded
 from stablerep.runtime import dist
 
-Part = tuple[list[Tensor], Tensor | None]
-
 
 class Step:
     """One rank's share of a training step of `engine`, whose model is a `Method`.
@@ -63,15 +61,18 @@ class Step:
         feature_gradients, own = self._loss_gradients(loss * scale, leaves)
         for i, piece in enumerate(pieces := list(self._pieces())):
             last = i == len(pieces) - 1
-            again = self._encode(piece, self.engine)
-            cut = {k: g[i * len(again[k]) : (i + 1) * len(again[k])] for k, g in feature_gradients.items()}
-            surrogate = carry((again[k], g) for k, g in cut.items())
+            surrogate = self._carry_back(piece, i, feature_gradients, self.engine)
             if last:
                 surrogate = surrogate + carry(own)
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(surrogate / scale, scale_wrt_gas=False)
             self.engine.step()
         return loss.detach(), parts
+
+    def _carry_back(self, piece: slice, place: int, gradients: dict[str, Tensor], model: Any) -> Tensor:
+        """Encode a piece again, the one at `place` among those that `gradients` are of: a scalar that has its gradients."""
+        again = self._encode(piece, model)
+        return carry((again[k], g[place * len(again[k]) : (place + 1) * len(again[k])]) for k, g in gradients.items())
 
     def _loss_gradients(self, loss: Tensor, leaves: Encoded) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
         """Gradients of the encoded rows, and of the parameters that the loss uses itself (heads)."""
@@ -94,10 +95,7 @@ class Step:
         trained = [p for p in self.method.parameters() if p.requires_grad]
         sums: list[list[Tensor]] = []
         for i, piece in enumerate(self._pieces()):
-            again = self._encode(piece, self.method)
-            place = dist.rank() * len(encoded) + i
-            cut = {k: g[place * len(again[k]) : (place + 1) * len(again[k])] for k, g in feature_gradients.items()}
-            surrogate = carry((again[k], g) for k, g in cut.items())
+            surrogate = self._carry_back(piece, dist.rank() * len(encoded) + i, feature_gradients, self.method)
             gradients = torch.autograd.grad(surrogate, trained, allow_unused=True)
             sums.append([torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)])
         total = tree_over_ranks(tree(sums))

@@ -114,12 +114,6 @@ def mean_over_ranks(x: Tensor) -> float:
     return float(value.item()) / world()
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world() > 1:
-        td.barrier()
-
-
 def broadcast(value: Any) -> Any:
     """Rank 0's value, everywhere."""
     if world() == 1:
