@@ -43,8 +43,9 @@ class ClusterConfig:
     extra: dict[str, str] = key({}, "further sbatch options, such as {reservation: team}")
 
 
-def load_cluster(name: str, gpus_per_node: int | None = None) -> ClusterConfig:
-    """The cluster that `--cluster` names; `gpus_per_node` replaces the file's. Raises UsageError."""
+def load_cluster(name: str, gpus_per_node: int | None = None, submitting: bool = True) -> ClusterConfig:
+    """The cluster that `--cluster` names; `gpus_per_node` replaces the file's. Raises UsageError, also where there is no
+    sbatch to submit with."""
     if name == "auto":
         name = "slurm" if shutil.which("sbatch") else "local"
     folder = data_folder("configs") / "cluster"
@@ -55,7 +56,7 @@ def load_cluster(name: str, gpus_per_node: int | None = None) -> ClusterConfig:
     cluster = merge(ClusterConfig, [str(path)], {})
     if cluster.kind not in ("slurm", "local"):
         raise UsageError(f"{path}: kind must be slurm or local")
-    if cluster.kind == "slurm" and not shutil.which("sbatch"):
+    if submitting and cluster.kind == "slurm" and not shutil.which("sbatch"):
         raise UsageError(f"--cluster {name} is a Slurm cluster and there is no sbatch here: use --cluster local")
     if cluster.signal_lead_s > 30 * cluster.minutes:
         raise UsageError(f"{path}: signal_lead_s {cluster.signal_lead_s} is more than half of {cluster.minutes} minutes")
@@ -75,6 +76,7 @@ class Shape:
     on_failure: list[str] = field(
         default_factory=list
     )  # Slurm: the batch script runs it, and srun's exit code, when srun failed
+    after: list[str] = field(default_factory=list)  # Slurm: ids of jobs that must have ended, however they ended
 
 
 def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]], fresh: bool) -> list[str]:
@@ -120,16 +122,17 @@ def render_scripts(cluster: ClusterConfig, run: Path, shape: Shape, jobs: int) -
 
 def still_active(run: Path, name: str) -> list[str]:
     """Ids of this run's jobs called `name` that are queued or running. Raises WorkError where Slurm does not answer."""
-    active: list[str] = []
-    for record in read_jsonl(run / "jobs.jsonl"):
-        if record.get("name") != name:
-            continue
-        if record["kind"] == "local":
-            active += [job for job in record["jobs"] if _is_local_job(int(job))]
-        else:
-            listed = slurm.queued(sorted({job.split("_")[0] for job in record["jobs"]}))
-            active += [job for job in record["jobs"] if job in listed]
-    return active
+    return all_active({run: name})[run]
+
+
+def all_active(runs: dict[Path, str]) -> dict[Path, list[str]]:
+    """`still_active` of many runs, with one question to Slurm; `runs` says the name of each one's jobs."""
+    records = {run: [r for r in read_jsonl(run / "jobs.jsonl") if r.get("name") == name] for run, name in runs.items()}
+    everything = [r for found in records.values() for r in found]
+    asked = {job.split("_")[0] for r in everything if r["kind"] != "local" for job in r["jobs"]}
+    listed = slurm.queued(sorted(asked)) if asked else set()
+    listed |= {job for r in everything if r["kind"] == "local" for job in r["jobs"] if _is_local_job(int(job))}
+    return {run: [job for r in found for job in r["jobs"] if job in listed] for run, found in records.items()}
 
 
 def nudge(run: Path, name: str) -> None:
@@ -177,6 +180,8 @@ def _executor(cluster: ClusterConfig, run: Path, shape: Shape) -> Any:
     options: dict[str, Any] = {"requeue": True, **cluster.extra}
     if cluster.exclude:
         options["exclude"] = cluster.exclude
+    if shape.after:
+        options["dependency"] = "afterany:" + ":".join(shape.after)
     executor.update_parameters(
         cpus_per_task=cluster.cpus_per_task,
         slurm_signal_delay_s=cluster.signal_lead_s,

@@ -5,12 +5,14 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import preflight, slurm
 from launch.rendezvous import meet, place
 from launch.requeue import check_budget, requeue_self, requeue_training
+from stablerep.eval.config import EvaluateConfig
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.events import Events, process_name
@@ -18,6 +20,8 @@ from stablerep.runtime.rundir import write_atomic
 from stablerep.runtime.stop import StopFlag
 from stablerep.runtime.watchdog import Watchdog, collective_timeout, last_words
 from stablerep.train_config import TrainConfig
+
+EVALUATION_S = 7 * 24 * 3600.0  # ranks may wait long for the one that fits a classifier
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -96,6 +100,7 @@ class TrainTask:
         preflight.agree(store, run, life, report, slurm.own_nodes(), world)
         if rank == 0:
             place(run, life).unlink(missing_ok=True)
+        self._freeze(store, run, rank, world)
         hang_timeout_s = from_yaml(TrainConfig, run / "config.yaml").hang_timeout_s
         watchdog = Watchdog(last_words(run, life, rank), events, hang_timeout_s)
         from stablerep.runtime import dist
@@ -112,6 +117,18 @@ class TrainTask:
         return outcome
 
     @staticmethod
+    def _freeze(store: Any, run: Path, rank: int, world: int) -> None:
+        """What submitting leaves to a job that waited for its data: rank 0 makes the index and the plan. Raises UsageError."""
+        if rank == 0 and not (run / "train.json").exists():
+            from stablerep.plan import freeze
+
+            freeze(from_yaml(TrainConfig, run / "config.yaml"), run, world)
+        if rank == 0:
+            store.set("frozen", "yes")
+        else:  # where rank 0 fails, its store ends with it
+            store.wait(["frozen"], timedelta(days=1))
+
+    @staticmethod
     def _last_words(run: Path, life: str, rank: int, events: Events, error: BaseException, why: str, final: bool) -> NoReturn:
         """Write why this rank ends, and end at once: its peers wait for it in a collective. A `final` fault would be the
         same again, so that the job is not requeued."""
@@ -124,3 +141,46 @@ class TrainTask:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
+
+
+@dataclass
+class EvaluateTask:
+    """One rank of an element of an evaluation: `config` names one checkpoint and one data set, `name` the element."""
+
+    run: str
+    name: str
+    config: EvaluateConfig
+    gpus: int
+
+    def __call__(self) -> str:
+        """Score what is not in results.jsonl yet. A rank that fails ends at once: its peers wait for it."""
+        from submitit import JobEnvironment
+
+        from launch.evaluate import evaluate
+
+        where, run = JobEnvironment(), Path(self.run)
+        rank, world = where.global_rank, where.num_tasks
+        life = f"{self.name}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        events = Events(run, process_name(f"evaluate-{rank}"), element=self.name, rank=rank)
+        try:
+            if world > 1:
+                from stablerep.runtime import dist
+
+                store = meet(run, life, rank, world, one_node=True)
+                dist.start(store, rank, world, local_rank=where.local_rank, gpus=self.gpus, timeout_s=EVALUATION_S)
+            found = evaluate(self.config)
+            if rank == 0:
+                events.write("evaluated", numbers=len(found))
+            if world > 1:
+                dist.finish()
+                dist.skip_destructors()
+            return "done"
+        except BaseException as error:
+            ours = isinstance(error, UsageError | WorkError)
+            why = str(error) if ours else f"{type(error).__name__}: {error}"
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            if not ours:
+                traceback.print_exception(error)
+            events.write("failed", why=why)
+            sys.stdout.flush()
+            os._exit(2 if isinstance(error, UsageError) else 1)

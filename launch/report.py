@@ -1,27 +1,10 @@
 """The demo's page: one self-contained HTML file, pictures inside."""
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:40px auto;padding:0 20px;color:#1c2430;background:#fff}
-h1{font-size:30px;margin-bottom:4px} h2{margin-top:44px;font-size:21px} .sub{color:#5d6877;margin-top:0}
-.cards{display:grid;grid-template-columns:1fr 1fr;gap:14px} .card{border:1px solid #e3e7ee;border-radius:10px;padding:10px 12px}
-.card p{margin:0 0 6px;font-size:14px;color:#3b4656} img.px{image-rendering:pixelated;width:64px;height:64px;margin-right:2px}
-table{border-collapse:collapse;width:100%} td,th{padding:7px 10px;border-bottom:1px solid #e3e7ee;text-align:right}
-td:first-child,th:first-child{text-align:left}
-tr.best td{font-weight:600;background:#f0f7f2} .note{color:#5d6877;font-size:14px}
-.facts{display:flex;gap:34px;margin:22px 0} .facts b{display:block;font-size:24px}
-.strip td{text-align:center;border:0;padding:3px}
-"""
-
-
-def picture_tag(jpeg: bytes) -> str:
-    """A stored JPEG as an <img>, enlarged without smoothing."""
-    return f'<img class="px" alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+from launch.render import figure_png, page, picture_tag, plot_tag
 
 
 def loss_plot(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -40,10 +23,9 @@ def loss_plot(curves: dict[str, list[dict[str, Any]]]) -> str:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    png = figure_png(figure)
     pyplot.close(figure)
-    return f'<img alt="loss" style="width:100%" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return plot_tag(png, "loss")
 
 
 def interval(values: list[float]) -> str:
@@ -54,11 +36,15 @@ def interval(values: list[float]) -> str:
 
 def result_table(results: list[dict[str, Any]], names: dict[str, str]) -> str:
     """Rows: encoders (random initialisations pooled); columns: protocol and labels a class."""
-    columns = list(dict.fromkeys((r["protocol"], str(r["labels_per_class"])) for r in results))
+
+    def column(r: dict[str, Any]) -> tuple[str, str]:
+        return r["protocol"], str(r["setting"]["labels_per_class"])
+
+    columns = list(dict.fromkeys(map(column, results)))
     rows: dict[str, dict[tuple[str, str], list[float]]] = {}
     for r in results:
         row = "random encoder, 3 initialisations" if r["checkpoint"].startswith("random-") else names[r["checkpoint"]]
-        rows.setdefault(row, {}).setdefault((r["protocol"], str(r["labels_per_class"])), []).extend(r["values"])
+        rows.setdefault(row, {}).setdefault(column(r), []).extend(r["values"])
     head = "".join(f"<th>{p}<br>{n} labels a class</th>" for p, n in columns)
     body = ""
     for i, (name, cells) in enumerate(rows.items()):
@@ -88,9 +74,8 @@ def write_report(
         for w, images in strip.items()
     )
     shown = "".join(f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in facts.items())
-    page = f"""<!doctype html><html lang=en><meta charset=utf-8><title>From captions to an encoder</title>
-<style>{STYLE}</style><h1>From captions to an encoder</h1>
-<p class=sub>Every picture on this page was generated from its caption on this machine; the encoder saw no real picture.</p>
+    body = f"""<p class=sub>Every picture on this page was generated from its caption on this machine; the encoder saw no
+real picture.</p>
 <div class=facts>{shown}</div>
 <h2>Captions and their images</h2><p>Each caption starts from several noises; StableRep makes the images of one caption
 attract each other.</p><div class=cards>{cards}</div>
@@ -102,8 +87,7 @@ attract each other.</p><div class=cards>{cards}</div>
 <p class=note>Top-1 accuracy in percent on 2,000 held-out real pictures of Fashion-MNIST in ten classes (chance 10) that
 neither the generator nor any encoder was trained on. In brackets: lowest and highest over five draws of the labels (and,
 for the random encoder, three initialisations). One training seed each: the brackets say nothing about that.
-StableRep knows which images share a caption, and these captions name the class; SimCLR knows nothing of captions.</p>
-</html>"""
+StableRep knows which images share a caption, and these captions name the class; SimCLR knows nothing of captions.</p>"""
     from stablerep.runtime.rundir import write_atomic
 
-    write_atomic(path, page)
+    write_atomic(path, page("From captions to an encoder", body))

@@ -38,6 +38,8 @@ def generation_progress(run: Path) -> Progress:
 
 def training_progress(run: Path) -> Progress:
     """Steps logged so far."""
+    if not (run / "train.json").exists():
+        return Progress(0, 1, False, "waits for its data")
     total = read_json(run / "train.json")["steps"]
     last: dict[str, float] = {}
     for record in read_jsonl(run / "metrics.jsonl"):
@@ -59,6 +61,10 @@ def set_aside(run: Path) -> list[str]:
 
 def describe(run: Path) -> list[str]:
     """The state of a run in a few lines."""
+    if (run / "sweep.json").exists():
+        from launch.overview import sweep_lines
+
+        return sweep_lines(run)
     if (run / "plan.json").exists():
         seen, unit = generation_progress(run), "images"
         commits = [e for e in read_events(run) if e["event"] == "committed"]
@@ -69,7 +75,7 @@ def describe(run: Path) -> list[str]:
         lines = [f"{rate:.2f} images/s a worker, over {len(commits)} shards"] if commits else []
         lines += [f"leases (age of the last heartbeat): {' '.join(holders[:8])}"] if holders and not seen.complete else []
         lines += set_aside(run)
-    elif (run / "train.json").exists():
+    elif (run / "config.yaml").exists():
         seen, unit = training_progress(run), "steps"
         lines = [seen.detail] if seen.detail else []
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
@@ -77,7 +83,7 @@ def describe(run: Path) -> list[str]:
         lines += ledger_lines(run)
         lines += [why] if not seen.complete and (why := why_it_failed(run)) else []
     else:
-        raise UsageError(f"{run} is not a run: it has neither plan.json nor train.json")
+        raise UsageError(f"{run} is not a run: it has none of sweep.json, plan.json and config.yaml")
     events = list(read_events(run))
     counts = {k: sum(e["event"] == k for e in events) for k in ("requeued", "failed", "taken over")}
     counts["taken over"] = sum(e.get("how") == "taken over" for e in events)
@@ -89,6 +95,17 @@ def describe(run: Path) -> list[str]:
     return [f"{run}: {state}, {seen.done}/{seen.total} {unit}", *(f"  {line}" for line in lines)]
 
 
+def progress_of(run: Path) -> tuple[Progress, str, str]:
+    """Where a run stands, its unit, and the name of its jobs ("" where they are those of a sweep's stages)."""
+    if (run / "sweep.json").exists():
+        from launch.overview import sweep_progress
+
+        return sweep_progress(run), "stages", ""
+    if (run / "plan.json").exists():
+        return generation_progress(run), "images", "generate"
+    return training_progress(run), "steps", "train"
+
+
 def main(argv: list[str]) -> int:
     """Print the state; 0 where all runs are complete, 3 where one is not."""
     config = parse(StatusConfig, argv, prog="status.py", about="Where runs stand, from files alone.", positional="runs")
@@ -98,14 +115,13 @@ def main(argv: list[str]) -> int:
     for run in runs:
         print("\n".join(describe(run)))
     if config.watch:
-        run = runs[0]
-        look, unit = (generation_progress, "images") if (run / "plan.json").exists() else (training_progress, "steps")
         from launch.cluster import nudge
+        from launch.overview import nudge_sweep
 
-        name = "generate" if unit == "images" else "train"
-        watch(lambda: look(run), Every(5.0, lambda: nudge(run, name)), unit, until_idle=False)
-    progress = [generation_progress(r) if (r / "plan.json").exists() else training_progress(r) for r in runs]
-    return 0 if all(p.complete for p in progress) else 3
+        run, (_, unit, name) = runs[0], progress_of(runs[0])
+        end_waits = Every(5.0, lambda: nudge(run, name) if name else nudge_sweep(run))
+        watch(lambda: progress_of(run)[0], end_waits, unit, until_idle=False)
+    return 0 if all(progress_of(r)[0].complete for r in runs) else 3
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ JOB = "train"
 class TrainCommand(LaunchConfig, TrainConfig):
     """All flags of train.py."""
 
+    after: list[str] = key([], "Slurm: ids of jobs that make the data; it is looked at when they have ended")
     drill: bool = key(False, "instead: a short run that is requeued, warned and killed on this cluster, and a verdict")
 
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         return _drill(command)
     from launch.cluster import Shape, load_cluster, render_scripts, still_active, submit
     from launch.job import TrainTask
-    from stablerep.plan import freeze, try_out
+    from stablerep.plan import freeze, freeze_config, try_out
 
     config = part(TrainConfig, command)
     cluster = load_cluster(command.cluster, command.gpus_per_node)
@@ -46,14 +47,20 @@ def main(argv: list[str]) -> int:
         try_out(config, run, ranks)
         print(f"{run}: complete, nothing to do")
         return 0
+    if command.after and (local or command.dry_run):
+        raise UsageError("--after needs a Slurm cluster, and cannot be tried out: the data is not there yet")
     fresh = not run.exists()
-    planned = (try_out if command.dry_run else freeze)(config, run, ranks)
+    if command.after:
+        freeze_config(config, run)
+        print(f"plan: made when job {' '.join(command.after)} has ended, on {ranks} ranks")
+    else:
+        planned = (try_out if command.dry_run else freeze)(config, run, ranks)
+        print(
+            f"plan: {planned.steps} steps of {config.global_batch} images on {ranks} ranks, "
+            f"{planned.order.steps_per_epoch} steps an epoch"
+        )
     again = [sys.executable, "-m", "launch.requeue", str(run)]
-    shape = Shape(JOB, 1 if local else command.nodes, ranks if local else max(1, gpus), gpus, again)
-    print(
-        f"plan: {planned.steps} steps of {config.global_batch} images on {ranks} ranks, "
-        f"{planned.order.steps_per_epoch} steps an epoch"
-    )
+    shape = Shape(JOB, 1 if local else command.nodes, ranks if local else max(1, gpus), gpus, again, command.after)
     if command.dry_run:
         for script in render_scripts(cluster, run, shape, 1):
             print(script)
