@@ -52,10 +52,11 @@ def make_engine(config: TrainConfig, model: Any, micro_batch: int, accumulation:
     return engine
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
-    """Give every parameter group the learning rate of the coming step."""
+def set_rates(engine: Any, rate: float, decay: float) -> None:
+    """Give the parameter groups the learning rate and, where they are decayed, the weight decay of the coming step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+        group["weight_decay"] = decay if group["decays"] else 0.0
 
 
 @dataclass
@@ -116,9 +117,11 @@ def set_scaler_state(engine: Any, state: dict[str, Any]) -> None:
 
 
 def full_parameter(p: Tensor) -> Tensor:
-    """The float32 master of a parameter, whole, on every rank. Collective."""
+    """The float32 master of a parameter, whole, on every rank; a frozen one as it was trained with. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not p.requires_grad:
+        return p.detach().float()
     whole: Tensor = safe_get_full_fp32_param(p)
     return whole
 

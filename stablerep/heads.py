@@ -1,4 +1,6 @@
-"""Projection head: the paper's 3-layer MLP, with batch statistics over all ranks (nn.SyncBatchNorm needs a GPU)."""
+"""Projection heads: MLPs with batch statistics over all ranks (nn.SyncBatchNorm needs a GPU)."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,16 @@ class GatheredBatchNorm(nn.Module):
         return y.to(x.dtype)
 
 
+def mlp_head(*widths: int, last_norm: bool = True) -> nn.Sequential:
+    """Linear layers from each width to the next, BatchNorm and ReLU between them. At the end a BatchNorm without affine,
+    or, with `last_norm=False`, the bias of the last layer."""
+    layers: list[nn.Module] = []
+    for width, out in pairwise(widths[:-1]):
+        layers += [nn.Linear(width, out, bias=False), GatheredBatchNorm(out), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=not last_norm))
+    return nn.Sequential(*layers, *([GatheredBatchNorm(widths[-1], affine=False)] if last_norm else []))
+
+
 def projection_head(width: int, hidden: int, out: int) -> nn.Sequential:
     """width -> hidden -> hidden -> out, BatchNorm after each layer, the last one without affine (StableRep, section 3.2)."""
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        GatheredBatchNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden, bias=False),
-        GatheredBatchNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, out, bias=False),
-        GatheredBatchNorm(out, affine=False),
-    )
+    return mlp_head(width, hidden, hidden, out)

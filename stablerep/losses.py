@@ -1,4 +1,4 @@
-"""Contrastive losses, in float32, over the rows of this rank against the gathered batch."""
+"""Losses, in float32; the contrastive ones over the rows of this rank against the gathered batch."""
 
 import torch
 from torch import Tensor
@@ -78,8 +78,58 @@ def clip_loss(
     return (to_text + to_image) / 2
 
 
+def byol_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL's regression of one view (arXiv 2006.07733, equation 2): the mean over rows of 2 - 2 cos(p_i, z_i), a scalar.
+
+    predictions: [B, D], the student's; targets: [B, D], the teacher's for the other view, without gradient. Neither needs
+    to be normalised.
+    """
+    return 2 - 2 * torch.nn.functional.cosine_similarity(predictions.float(), targets.float(), dim=1).mean()
+
+
+def mocov3_loss(
+    queries: Tensor, keys: Tensor, temperature: float, *, all_keys: Tensor | None = None, offset: int = 0
+) -> Tensor:
+    """MoCo v3's contrastive loss of one view's queries (arXiv 2104.02057, equation 1 and algorithm 1), a scalar.
+
+    queries: [B, D], the student's, and keys: [B, D], the teacher's for the other view, without gradient; both
+    L2-normalised. all_keys: the gathered batch [N, D], in which this rank's rows start at `offset`.
+
+    2 t * mean over rows of -log softmax_k(q_i.k / t)[k_i], over all N keys.
+    """
+    logits = queries.float() @ (keys if all_keys is None else all_keys).float().T / temperature
+    own = torch.arange(len(queries), device=queries.device) + offset
+    return 2 * temperature * torch.nn.functional.cross_entropy(logits, own)
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, centre: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """DINO's cross-entropy between views (arXiv 2104.14294, equations 1 to 3), a scalar.
+
+    student: [V, B, K], outputs for all V views of B images; teacher: [G, B, K], without gradient, for the first G of them;
+    centre: [K]. The mean over images, and over pairs of a teacher's view t and another student's view s, of
+    -sum_k softmax((teacher_t - centre) / teacher_temperature)_k log softmax(student_s / student_temperature)_k.
+    """
+    log_p = torch.log_softmax(student.float() / student_temperature, dim=2)
+    p = torch.softmax((teacher.float() - centre) / teacher_temperature, dim=2)
+    pairs = -torch.einsum("tbk,sbk->ts", p, log_p) / student.shape[1]
+    return pairs[~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)].mean()
+
+
 def _matching(logits: Tensor, ids: Tensor, every_id: Tensor) -> Tensor:
     """Mean cross-entropy of rows against the uniform distribution over the columns with their id."""
     positive = ids[:, None] == every_id[None, :]
     log_p = torch.log_softmax(logits, dim=1)
     return -((log_p * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+def mae_loss(prediction: Tensor, target: Tensor, mask: Tensor, *, per_row: bool = False) -> Tensor:
+    """MAE's reconstruction error (arXiv 2111.06377, section 3), a scalar; [B], the error of each row, with `per_row`.
+
+    prediction, target: [B, N, P], P values of each of N patches. mask: [B, N], 1 (or True) where the encoder did not see the
+    patch, the same number of them in every row. The mean squared error of a patch, averaged over the masked patches.
+    """
+    error = (prediction.float() - target.float()).square().mean(2)
+    rows = (error * mask).sum(1) / mask.sum(1)
+    return rows if per_row else rows.mean()

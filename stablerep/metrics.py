@@ -25,15 +25,16 @@ def peak_flops(device: torch.device) -> tuple[str, float | None]:
 
 
 def training_flops(model: Any, views: list[Tensor], tokens: Tensor | None) -> float:
-    """FLOPs of a training step on these rows: three times the counted forward pass (the backward pass costs two), without
-    what activation checkpointing computes again."""
+    """FLOPs of a training step on these rows: three times the counted forward pass (the backward pass costs two), but once
+    that of a `teacher`'s encoder; without what activation checkpointing computes again."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     # The counter knows matrix products, and not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(views, tokens)
-    return 3.0 * counter.get_total_flops()
+    taught = counter.get_flop_counts().get(f"{type(model).__name__}.teacher.encoder", {})
+    return 3.0 * counter.get_total_flops() - 2.0 * sum(taught.values())
 
 
 class Metrics:

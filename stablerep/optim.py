@@ -1,4 +1,4 @@
-"""AdamW groups and the learning rate, a pure function of the step."""
+"""AdamW groups; learning rate and weight decay, pure functions of the step."""
 
 import math
 from typing import Any
@@ -12,9 +12,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed: list[Any] = []
     free: list[Any] = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         small = p.ndim <= 1 or name.endswith(("cls_token", "pos_embed", "positional_embedding"))
         (free if small else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "decays": True},
+        {"params": free, "weight_decay": 0.0, "decays": False},
+    ]
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -22,6 +27,11 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def weight_decay(step: int, steps: int, start: float, end: float | None) -> float:
+    """From `start` to `end` along half a cosine (DINO, arXiv 2104.14294, section 3.2); constant where `end` is None."""
+    return start if end is None else end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
 
 
 class ReproducibleAdamW(torch.optim.AdamW):

@@ -58,15 +58,10 @@ def freeze(config: TrainConfig, run: Path, ranks: int, report: Callable[[str], N
 
     Raises UsageError, having written nothing; a run that exists keeps its index and must have the same settings.
     """
-    check(config)
-    known = (run / "train.json").exists()
-    if known:
-        check_same(config, from_yaml(TrainConfig, run / "config.yaml"), run)
+    existed = check_run(config, run)
+    if (run / "train.json").exists():
         plan = make_plan(config, open_index(run / "index"), ranks)
     else:
-        if run.exists() and any(p.name != "logs" for p in run.iterdir()):
-            raise UsageError(f"{run} exists and is not a training run: choose another --out")
-        existed = run.exists()
         try:
             build_index(config.data, run / "index", report)
             plan = make_plan(config, open_index(run / "index"), ranks)
@@ -76,6 +71,22 @@ def freeze(config: TrainConfig, run: Path, ranks: int, report: Callable[[str], N
     write_atomic(run / "config.yaml", to_yaml(config))
     write_json(run / "train.json", {"steps": plan.steps, "ranks": ranks})
     return plan
+
+
+def freeze_config(config: TrainConfig, run: Path) -> None:
+    """Write only the config of a run whose data is still to be made: the job calls `freeze` when it starts. Raises UsageError."""
+    check_run(config, run)
+    write_atomic(run / "config.yaml", to_yaml(config))
+
+
+def check_run(config: TrainConfig, run: Path) -> bool:
+    """Raise UsageError where `config` cannot work, or `run` is another run or no training run; whether the folder exists."""
+    check(config)
+    if (run / "config.yaml").exists():
+        check_same(config, from_yaml(TrainConfig, run / "config.yaml"), run)
+    elif run.exists() and any(p.name != "logs" for p in run.iterdir()):
+        raise UsageError(f"{run} exists and is not a training run: choose another --out")
+    return run.exists()
 
 
 def try_out(config: TrainConfig, run: Path, ranks: int) -> TrainPlan:
@@ -100,7 +111,7 @@ def check(config: TrainConfig) -> None:
     """Raise UsageError on a value that cannot work."""
     if not config.data:
         raise UsageError("--data is missing: generation runs, folders of WebDataset tars, or folders of pictures")
-    method_class(config.method)
+    method_class(config.method).check(config)
     for name, values in CHOICES.items():
         if getattr(config, name) not in values:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is none of {', '.join(map(str, values))}")
@@ -145,14 +156,15 @@ def micro_batch(config: TrainConfig, rows: int, unit: int, bytes_an_image: float
     return max(fitting, default=unit)
 
 
-def activation_bytes(config: TrainConfig, encoder: Any, views: int) -> float:
-    """Activations that a ViT keeps for the backward pass of one image: 34 bytes a token, width and layer at 16 bits
-    (Korthikanti et al., arXiv 2205.05198, equation 2, without the attention matrix, which fused attention does not keep);
-    with activation checkpointing the layers' inputs and one layer."""
-    tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
-    width, layers = encoder.num_features, len(encoder.blocks)
-    kept = 2 * layers + 34 if config.activation_checkpointing else 34 * layers
-    return views * tokens * width * kept * (2 if config.dtype == "fp32" else 1)
+def activation_bytes(config: TrainConfig, passes: list[tuple[int, int, int]]) -> float:
+    """Activations that transformers keep for the backward pass of one image, (tokens, width, layers) each: 34 bytes a token,
+    width and layer at 16 bits (Korthikanti et al., arXiv 2205.05198, equation 2, without the attention matrix, which fused
+    attention does not keep); with activation checkpointing the layers' inputs and one layer."""
+    kept = sum(
+        tokens * width * (2 * layers + 34 if config.activation_checkpointing else 34 * layers)
+        for tokens, width, layers in passes
+    )
+    return kept * (2.0 if config.dtype == "fp32" else 1.0)
 
 
 def usable_memory(device: Any, ranks_here: int, parameters: int) -> float:

@@ -28,7 +28,8 @@ class Step:
     def __call__(self, step: int, views: list[Tensor], tokens: Tensor | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute gradients and update the weights; the loss of this rank (of all ranks if reproducible) and its parts."""
         dtype = next(self.method.parameters()).dtype
-        self.step, self.views, self.tokens, self.rows = step, [v.to(dtype) for v in views], tokens, len(ids)
+        self.views = [v.to(dtype) if v.is_floating_point() else v for v in views]
+        self.step, self.tokens, self.rows = step, tokens, len(ids)
         if self.reproducible:
             return self._in_fixed_pieces(ids)
         if self.micro == self.rows:
@@ -62,7 +63,7 @@ class Step:
         for i, piece in enumerate(pieces := list(self._pieces())):
             last = i == len(pieces) - 1
             surrogate = self._carry_back(piece, i, feature_gradients, self.engine)
-            if last:
+            if last and own:
                 surrogate = surrogate + carry(own)
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(surrogate / scale, scale_wrt_gas=False)
@@ -71,7 +72,9 @@ class Step:
 
     def _carry_back(self, piece: slice, place: int, gradients: dict[str, Tensor], model: Any) -> Tensor:
         """Encode a piece again, the one at `place` among those that `gradients` are of: a scalar that has its gradients."""
+        self.method.repeating = True
         again = self._encode(piece, model)
+        self.method.repeating = False
         return carry((again[k], g[place * len(again[k]) : (place + 1) * len(again[k])]) for k, g in gradients.items())
 
     def _loss_gradients(self, loss: Tensor, leaves: Encoded) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:

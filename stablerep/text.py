@@ -1,15 +1,19 @@
 """The language side of CLIP and StableRep+: open_clip's tokenizer and text transformer, and the shared space."""
 
 import math
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stablerep import arch
 from stablerep.engine import clamp_parameter
 from stablerep.losses import clip_loss
 from stablerep.runtime import dist
+from stablerep.runtime.errors import UsageError
+from stablerep.runtime.rundir import read_json
 from stablerep.train_config import TextConfig
 
 LARGEST_SCALE = math.log(100)
@@ -36,6 +40,8 @@ class ImageText(nn.Module):
         super().__init__()
         from open_clip.transformer import TextTransformer
 
+        self.description = {"image_width": image_width, "text": asdict(config)}
+
         self.text = TextTransformer(
             context_length=config.context, width=config.width, heads=config.heads, layers=config.layers, output_dim=config.embed
         )
@@ -61,3 +67,16 @@ class ImageText(nn.Module):
     def clamp(self) -> None:
         """Keep the logit scale at 100 or less, as CLIP does."""
         clamp_parameter(self.logit_scale, 0.0, LARGEST_SCALE)
+
+
+def load_image_text(path: str) -> ImageText:
+    """The text tower and projections beside a finished encoder: a RUN of clip or stablerep_plus, its `final/` folder or a
+    file in it. Raises UsageError."""
+    folder = arch.final_folder(path)
+    weights, config = folder / "image_text.safetensors", folder / "config.json"
+    held = read_json(config) if config.exists() else {}
+    if not weights.exists() or "image_text" not in held:
+        raise UsageError(f"{path} holds no text tower: zeroshot needs a finished run of clip or stablerep_plus")
+    description = held["image_text"]
+    tower: ImageText = arch.load_weights(ImageText(description["image_width"], TextConfig(**description["text"])), weights)
+    return tower

@@ -9,11 +9,11 @@ import torch
 
 from stablerep import arch, checkpoint, plan
 from stablerep.data.index import open_index
-from stablerep.data.loader import batches
-from stablerep.engine import full_parameter, make_engine, set_learning_rate
+from stablerep.data.loader import batches, blank
+from stablerep.engine import full_parameter, make_engine, set_rates
 from stablerep.methods import method_class
 from stablerep.metrics import Metrics, peak_flops, training_flops
-from stablerep.optim import learning_rate
+from stablerep.optim import learning_rate, weight_decay
 from stablerep.runtime import dist
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import WorkError
@@ -45,8 +45,8 @@ def train(run: Path, stop: StopFlag, events: Events, watchdog: Watchdog, life: s
     views, per_caption = method.views(config), planned.rows_per_unit
     memory = plan.usable_memory(device, ranks_here, sum(p.numel() for p in method.parameters()))
     unit = per_caption if method.reads_text else 1
-    micro = plan.micro_batch(config, rows, unit, plan.activation_bytes(config, method.encoder, len(views)), memory)
-    flops = training_flops(method, [torch.zeros(unit, 3, v.size, v.size) for v in views], _tokens(method, config, [""])) / unit
+    micro = plan.micro_batch(config, rows, unit, plan.activation_bytes(config, method.passes(config)), memory)
+    flops = training_flops(method, blank(unit, views, method.shuffles), _tokens(method, config, [""])) / unit
     engine = make_engine(config, method, micro, 1 if config.reproducible else rows // micro, device.type == "cuda")
     step_of = Step(engine, config.seed, micro, per_caption, bool(config.reproducible), config.optim.clip)
 
@@ -64,11 +64,14 @@ def train(run: Path, stop: StopFlag, events: Events, watchdog: Watchdog, life: s
         index, planned.order, views, seed=config.seed, first=start, last=steps, rank=rank, world=world,
         workers=config.workers, device=device, max_broken=config.max_broken,
         on_broken=lambda name, why: events.write("replaced", what=name, why=why), texts=method.reads_text,
+        shuffles=method.shuffles,
     )  # fmt: skip
     done, since, waited, stalled, replaced, counted = start, time.monotonic(), 0.0, 0.0, 0, start
     for wait_s, batch in _timed(loader):
         begin = time.monotonic()
-        set_learning_rate(engine, learning_rate(batch.step, steps, planned.warmup, planned.peak_lr))
+        rate = learning_rate(batch.step, steps, planned.warmup, planned.peak_lr)
+        set_rates(engine, rate, weight_decay(batch.step, steps, config.optim.weight_decay, config.optim.weight_decay_end))
+        method.before_step(batch.step, steps, batch.step / planned.order.steps_per_epoch)
         tokens = _tokens(method, config, batch.texts[::per_caption])
         loss, parts = step_of(batch.step, batch.views, None if tokens is None else tokens.to(device), batch.ids)
         done, waited, replaced = batch.step + 1, waited + wait_s, replaced + batch.replaced
@@ -87,11 +90,11 @@ def train(run: Path, stop: StopFlag, events: Events, watchdog: Watchdog, life: s
             mean = float(loss) if config.reproducible else dist.mean_over_ranks(loss)
             seconds = time.monotonic() - since
             if metrics is not None:
-                rate = (done - counted) * config.global_batch / seconds
+                speed = (done - counted) * config.global_batch / seconds
                 metrics.write({
-                    "step": done, "loss": mean, "lr": learning_rate(batch.step, steps, planned.warmup, planned.peak_lr),
-                    "epoch": done / planned.order.steps_per_epoch, "images_per_s": rate,
-                    "mfu": flops * rate / (world * peak) if peak else None, "seconds": seconds, "steps": done - counted,
+                    "step": done, "loss": mean, "lr": rate,
+                    "epoch": done / planned.order.steps_per_epoch, "images_per_s": speed,
+                    "mfu": flops * speed / (world * peak) if peak else None, "seconds": seconds, "steps": done - counted,
                     "data_wait_s": waited, "stall_s": stalled, "grad_norm": _number(engine.get_global_grad_norm()),
                     "loss_scale": float(engine.optimizer.loss_scale), "skipped": engine.skipped_steps,
                     "ids": batch.digest, "replaced": replaced, "life": life, **{k: float(v) for k, v in parts.items()},
@@ -124,7 +127,10 @@ def train(run: Path, stop: StopFlag, events: Events, watchdog: Watchdog, life: s
 
 def save_final(run: Path, description: dict[str, Any], method: Any) -> None:
     """Write RUN/final from the float32 weights: the encoder, and the image-text part where there is one. Collective."""
-    parts = {"image_text": getattr(method, "image_text", None), "encoder": method.encoder}
+    image_text = getattr(method, "image_text", None)
+    parts = {"image_text": image_text, "encoder": method.encoder}
+    if image_text is not None:
+        description = {**description, "image_text": image_text.description}
     whole = {
         part: {name: full_parameter(p).cpu() for name, p in module.named_parameters()}
         for part, module in parts.items()

@@ -22,7 +22,7 @@ from stablerep.runtime.events import Events
 from stablerep.runtime.rundir import read_jsonl, write_json
 from stablerep.runtime.stop import StopFlag
 from stablerep.runtime.watchdog import Watchdog
-from stablerep.train_config import OptimConfig, TextConfig, TrainConfig
+from stablerep.train_config import DINOConfig, MAEConfig, OptimConfig, TextConfig, TrainConfig
 
 SMALL = {
     "arch": "vit_micro", "image_size": 32, "global_batch": 16, "steps": 12, "dtype": "fp32", "head_hidden": 32, "head_out": 16,
@@ -33,8 +33,11 @@ SMALL = {
 def small_config(data, run, **changes):
     """A config that trains in seconds."""
     text = TextConfig(width=32, layers=1, heads=2, context=16, embed=16)
+    mae = MAEConfig(decoder_width=32, decoder_depth=1, decoder_heads=2)
+    dino = changes.pop("dino", DINOConfig(prototypes=48, local_crops=2, local_size=8, freeze_epochs=2))
     optim = changes.pop("optim", OptimConfig(lr=5e-3, warmup_epochs=1, clip=1.0))
-    return TrainConfig(**{**SMALL, "data": [str(data)], "out": str(run), "text": text, "optim": optim, **changes})
+    parts = {"text": text, "mae": mae, "dino": dino, "optim": optim}
+    return TrainConfig(**{**SMALL, "data": [str(data)], "out": str(run), **parts, **changes})
 
 
 def prepare(data, run, ranks, **changes):

@@ -353,12 +353,26 @@ def test_blur_is_torchvisions():
         assert torch.allclose(x[0], want[0], atol=5e-6)
 
 
+def test_solarisation_is_torchvisions_and_happens_as_often_as_it_should():
+    from torchvision.transforms.v2 import functional
+
+    x = torch.from_numpy(np.stack([tile(n, 48) for n in range(4)])).permute(0, 3, 1, 2).contiguous() / 255
+    want = functional.solarize(x, 0.5)
+    assert colour.solarize(x).equal(want) and not want.equal(x)
+    for picture, wanted in zip(x.numpy(), want.numpy(), strict=True):
+        colour_cpu.solarize(picture)
+        assert (picture == wanted).all()
+    draws, plain = draw(View(224, solarize_p=0.2), 0, 0, 0, np.arange(6000)), draw(View(224), 0, 0, 0, np.arange(6000))
+    assert abs(draws.solarize.mean() - 0.2) < 0.02 and not plain.solarize.any()
+    assert (draws.factors == plain.factors).all() and abs(np.corrcoef(draws.solarize, draws.blur)[0, 1]) < 0.06
+
+
 def test_a_batch_is_coloured_as_torchvision_would_row_by_row():
     from torchvision.transforms.v2 import functional
 
     x = torch.from_numpy(np.stack([tile(n, 48) for n in range(24)])).permute(0, 3, 1, 2).contiguous()
-    draws = draw(View(48), 0, 0, 0, np.arange(24))
-    assert 0 < draws.jitter.sum() < 24 and 0 < draws.grey.sum() < 24 and 0 < draws.blur.sum() < 24
+    draws = draw(View(48, solarize_p=0.3), 0, 0, 0, np.arange(24))
+    assert all(0 < happens.sum() < 24 for happens in (draws.jitter, draws.grey, draws.blur, draws.solarize))
     batch, one_by_one = colour.colour(x, draws), colour_cpu.colour(x.numpy(), draws)
     for row, picture in enumerate(x / 255):
         for k in draws.order[row] if draws.jitter[row] else []:
@@ -367,6 +381,8 @@ def test_a_batch_is_coloured_as_torchvision_would_row_by_row():
             picture = functional.rgb_to_grayscale(picture, 3)
         if draws.blur[row]:
             picture = functional.gaussian_blur(picture, [2 * int(draws.radius[row]) + 1] * 2, [float(draws.sigma[row])] * 2)
+        if draws.solarize[row]:
+            picture = functional.solarize(picture, 0.5)
         assert torch.allclose(batch[row], picture * 2 - 1, atol=5e-5)
         assert np.allclose(one_by_one[row], picture.numpy() * 2 - 1, atol=5e-5)
 

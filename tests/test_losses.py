@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from stablerep.losses import clip_loss, multi_positive_loss, nt_xent_loss
+from stablerep.losses import byol_loss, clip_loss, dino_loss, mocov3_loss, multi_positive_loss, nt_xent_loss
 
 
 def oracle(features, ids, temperature):
@@ -56,6 +56,59 @@ def test_nt_xent_against_lightly():
     b, _ = make(16, seed=2)
     ours = nt_xent_loss(torch.cat([a, b]), torch.arange(16).repeat(2), 0.5)
     assert abs(ours.item() - NTXentLoss(0.5)(a, b).item()) < 1e-5
+
+
+def test_byol_against_lightly():
+    from lightly.loss import NegativeCosineSimilarity
+
+    p = make(16, seed=1)[0].requires_grad_()
+    z = 5 * make(16, seed=2)[0]
+    ours = byol_loss(3 * p, z)
+    theirs = 2 + 2 * NegativeCosineSimilarity()(3 * p, z)
+    assert abs(ours.item() - theirs.item()) < 1e-6
+    (a,), (b,) = torch.autograd.grad(ours, [p]), torch.autograd.grad(theirs, [p])
+    assert torch.allclose(a, b, atol=1e-7) and a.abs().max() > 1e-3
+
+
+def mocov3_oracle(queries, keys, temperature):
+    """The paper's algorithm 1, function ctr, with the 2 tau of its note."""
+    logits = queries @ keys.T / temperature
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    return -2 * temperature * np.mean([log_p[i, i] for i in range(len(logits))])
+
+
+def test_mocov3_against_numpy():
+    q, k = make(24, seed=1)[0].requires_grad_(), make(24, seed=2)[0]
+    ours = mocov3_loss(q, k, 0.2)
+    base = q.detach().double().numpy()
+    assert abs(ours.item() - mocov3_oracle(base, k.double().numpy(), 0.2)) < 1e-6
+    (gradient,) = torch.autograd.grad(ours, [q])
+    for i, d in [(0, 0), (9, 5), (23, 7)]:
+        nudge = np.zeros_like(base)
+        nudge[i, d] = 1e-5
+        up, down = (mocov3_oracle(base + sign * nudge, k.double().numpy(), 0.2) for sign in (1, -1))
+        assert abs(gradient[i, d].item() - (up - down) / 2e-5) < 1e-6
+    own = slice(8, 16)  # a rank's rows against the gathered keys
+    part = mocov3_loss(q[own], k[own], 0.2, all_keys=k, offset=8)
+    rest = [mocov3_loss(q[s], k[s], 0.2, all_keys=k, offset=s.start) for s in (slice(0, 8), slice(16, 24))]
+    assert abs((part + sum(rest)).item() / 3 - ours.item()) < 1e-6
+
+
+@pytest.mark.parametrize("small_crops", [0, 3])
+def test_dino_against_lightly(small_crops):
+    from lightly.loss import DINOLoss
+
+    student = torch.stack([make(16, width=12, seed=s)[0] for s in range(2 + small_crops)]).requires_grad_()
+    teacher = torch.stack([make(16, width=12, seed=s)[0] for s in (20, 21)])
+    centre = 0.3 * make(1, width=12, seed=30)[0][0]
+    theirs = DINOLoss(output_dim=12, teacher_temp=0.05, student_temp=0.1)
+    theirs.center.copy_(centre.view(1, 1, -1))
+    want = theirs(list(teacher), list(student), teacher_temp=0.05)
+    ours = dino_loss(student, teacher, centre, 0.1, 0.05)
+    assert abs(ours.item() - want.item()) < 1e-5
+    (a,), (b,) = torch.autograd.grad(ours, [student]), torch.autograd.grad(want, [student])
+    assert torch.allclose(a, b, atol=1e-6) and a.abs().max() > 1e-3
 
 
 def test_batch_norm_of_a_feature_that_hardly_varies():
@@ -149,6 +202,10 @@ def _rank(rank, world, folder, out):
         all_images=gathered, all_texts=dist.gather_features(texts), all_image_ids=every,
         all_text_ids=dist.gather_plain(word_ids[own_words]),
     )  # fmt: skip
+    targets, _ = make(24, width=6, seed=4)
+    loss = loss + byol_loss(features, targets[own])
+    loss = loss + mocov3_loss(features, targets[own], 0.2, all_keys=dist.gather_plain(targets[own]), offset=dist.offset(each))
+    loss = loss + dino_loss(features.expand(3, -1, -1), targets[own].expand(2, -1, -1), torch.zeros(6), 0.1, 0.04)
     loss.backward()
     grads = torch.cat([p.grad.flatten() for p in (layer.weight, norm.weight, norm.bias, words, scale)])
     value = loss.detach().clone()

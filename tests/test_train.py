@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import REPO, command, kill_all, local_pids, wait_for
@@ -140,6 +141,20 @@ def test_metrics_have_what_they_promise(trained):
         assert record["image_loss"] + record["text_loss"] == pytest.approx(record["loss"], rel=0.5)
 
 
+def test_the_text_tower_loads_beside_the_encoder(trained):
+    from stablerep.arch import load_encoder
+    from stablerep.eval.zeroshot import zeroshot
+    from stablerep.text import load_image_text
+
+    run = str(trained(2, method="stablerep_plus", micro_batch=4, zero_stage=1))
+    with torch.inference_mode():
+        features = load_encoder(run)(torch.randn(8, 3, 32, 32)).numpy()
+    tower = load_image_text(run)
+    assert tower.logit_scale.item() != np.float32(np.log(1 / 0.07)), "trained, not new"
+    score = zeroshot(tower, features, np.arange(8) % 2, ["hat", "bag"], ["a photo of a {}"])
+    assert 0 <= score.low <= score.value <= score.high <= 100 and score.n == 8
+
+
 def test_flops_are_counted():
     from stablerep import arch
     from stablerep.metrics import peak_flops, training_flops
@@ -174,6 +189,15 @@ def test_recipes_are_the_papers(path):
     # The official code: blr x captions x images / 256, and half of it because each image is cropped once.
     assert config.optim.lr * config.global_batch / 256 == pytest.approx(2e-4 * 32 * 43 * 6 / 256 * 1 / 2)
     assert (config.epochs, config.optim.warmup_epochs) == ((13, 0.45) if "redcaps" in path.stem else (15, 0.5))
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs/train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads(path):
+    config = merge(TrainConfig, [str(path)], {"data": ["x"]})
+    plan.check(config)
+    check_ranks(config, 16, config.images_per_caption or 1)
+    named = path.stem.split("_cc12m")[0].split("_redcaps")[0]
+    assert named in ("demo", config.method) and (config.epochs or 0) >= (0 if named == "demo" else 13)
 
 
 FAST = ["--config", str(REPO / "configs/train/demo.yaml"), "--global-batch", "16", "--steps", "40", "--log-every", "1"]
@@ -253,10 +277,10 @@ def test_other_data_and_settings_are_one_line(reference, unbroken, tmp_path):
     assert other.returncode == 2 and "seed 0 -> 5" in other.stderr
 
 
-def test_evaluate_scores_real_pictures(unbroken, tmp_path):
+def test_evaluate_scores_real_pictures(reference, unbroken, tmp_path):
     done = command(
-        "launch/evaluate.py", "--checkpoint", unbroken, "--labels", "10", "--resamples", "2", "--random-encoders", "1",
-        "--out", tmp_path,
+        "launch/evaluate.py", "--checkpoint", unbroken, "--dataset", "fashion-probe", "--labels", "10", "--resamples", "2",
+        "--random-encoders", "1", "--cluster", "local", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = list(read_jsonl(tmp_path / "results.jsonl"))
@@ -264,4 +288,9 @@ def test_evaluate_scores_real_pictures(unbroken, tmp_path):
         ("linear", str(unbroken)), ("knn", str(unbroken)), ("linear", "random-0"), ("knn", "random-0")
     ]  # fmt: skip
     assert all(25 < r["value"] < 95 for r in found)
-    assert command("launch/evaluate.py", "--checkpoint", tmp_path).returncode == 2
+    first, reference_plan = found[0], read_json(reference / "plan.json")
+    assert first["run"] == str(unbroken) and first["method"] == "stablerep" and first["step"] > 0
+    (data,) = first["data"]
+    assert data["plan_sha256"] == reference_plan["hash"] and data["n_captions"] == reference_plan["captions"]
+    assert data["kind"] == "generated" and data["captions"] and found[2]["data"] == []
+    assert command("launch/evaluate.py", "--checkpoint", tmp_path, "--cluster", "local").returncode == 2

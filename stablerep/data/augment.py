@@ -1,4 +1,5 @@
-"""Augmentations of StableRep's official recipe: down-sampling, random-resized crop, colour jitter, grey, blur, flip.
+"""Augmentations of StableRep's official recipe: down-sampling, random-resized crop, colour jitter, grey, blur, flip; and
+BYOL's solarisation (arXiv 2006.07733, appendix B), after the blur.
 
 What needs the whole picture (down-sampling, crop, flip) is done by the CPU (`crop.py`); the rest on the device where the
 batch is (`colour.py`), or picture by picture where that is the CPU (`colour_cpu.py`). Each operation is torchvision's, to
@@ -30,12 +31,13 @@ class View:
     blur_p: float = 0.5
     blur_min: float = 0.1
     blur_max: float = 2.0
+    solarize_p: float = 0.0
 
 
 @dataclass(frozen=True)
 class Draws:
     """Random parameters of rows. `factors` [N, 4] of brightness, contrast, saturation, hue; `order` [N, 4] in which they
-    act; `jitter`, `grey`, `blur` [N] bool: whether they do; `sigma` [N] of the blur in pixels."""
+    act; `jitter`, `grey`, `blur`, `solarize` [N] bool: whether they do; `sigma` [N] of the blur in pixels."""
 
     jitter: np.ndarray
     order: np.ndarray
@@ -43,6 +45,7 @@ class Draws:
     grey: np.ndarray
     blur: np.ndarray
     sigma: np.ndarray
+    solarize: np.ndarray
 
     @property
     def radius(self) -> np.ndarray:
@@ -53,6 +56,7 @@ class Draws:
 def draw(view: View, seed: int, step: int, number: int, positions: np.ndarray) -> Draws:
     """The colour parameters of rows at `positions` [N] of the global batch of a step, for view `number` of the method."""
     u = uniforms(derive("colour", seed, step, number), positions, 12)
+    inverted = uniforms(derive("solarize", seed, step, number), positions, 1)[:, 0]  # a key of its own: most views have none
     wide = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     return Draws(
         jitter=u[:, 0] < view.jitter_p,
@@ -61,4 +65,5 @@ def draw(view: View, seed: int, step: int, number: int, positions: np.ndarray) -
         grey=u[:, 9] < view.grey_p,
         blur=u[:, 10] < view.blur_p,
         sigma=(view.blur_min + u[:, 11] * (view.blur_max - view.blur_min)) * view.size / 224,
+        solarize=inverted < view.solarize_p,
     )

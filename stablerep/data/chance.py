@@ -31,6 +31,11 @@ def uniforms(key: int, positions: np.ndarray, count: int) -> np.ndarray:
     return (hashes(key, positions, count) >> np.uint64(11)) * 2.0**-53
 
 
+def orders(key: int, positions: np.ndarray, count: int) -> np.ndarray:
+    """A random order of 0 .. count - 1 for each position [N]: int64 [N, count]."""
+    return np.argsort(hashes(key, positions, count), axis=1, kind="stable")
+
+
 def permute(key: int, positions: np.ndarray, size: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0 .. size - 1 takes `positions`: int64, without storing the permutation.
 

@@ -1,5 +1,5 @@
-"""Colour jitter, grey and blur of a batch, on the device where it lies. Each operation takes x, float [B, 3, H, W] in
-[0, 1], and one parameter a picture [B, 1, 1, 1], and equals the one of torchvision.transforms.v2.functional."""
+"""Colour jitter, grey, blur and solarisation of a batch, on the device where it lies. Each operation takes x, float
+[B, 3, H, W] in [0, 1], and one parameter a picture [B, 1, 1, 1], and equals the one of torchvision.transforms.v2.functional."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from stablerep.data.augment import Draws
 
 
 def colour(pictures: Tensor, draws: Draws) -> Tensor:
-    """Colour jitter, grey and blur: uint8 [B, 3, S, S] -> float32 [B, 3, S, S] in [-1, 1], on the same device."""
+    """Colour jitter, grey, blur, solarisation: uint8 [B, 3, S, S] -> float32 [B, 3, S, S] in [-1, 1], on the same device."""
     x = pictures.to(torch.float32).mul_(1 / 255)
     for turn in range(4):
         for operation, act in enumerate((brightness, contrast, saturation, hue)):
@@ -23,6 +23,7 @@ def colour(pictures: Tensor, draws: Draws) -> Tensor:
     for radius in np.unique(draws.radius[draws.blur]):
         rows = np.flatnonzero(draws.blur & (draws.radius == radius))
         _apply(x, rows, partial(blur, radius=int(radius)), draws.sigma[rows])
+    _apply(x, np.flatnonzero(draws.solarize), lambda part, _: solarize(part), draws.sigma[draws.solarize])
     return x.mul_(2).sub_(1)
 
 
@@ -101,3 +102,8 @@ def blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
         flat = total
     whole = functional.pad(flat, (0, padded.numel() // count - flat.shape[1])).view(padded.shape)
     return whole[:, :, :height, :width]
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Invert what is lighter than the middle: x, or 1 - x where x >= 1/2."""
+    return torch.where(x < 0.5, x, 1 - x)

@@ -12,7 +12,7 @@ cv2.setNumThreads(1)  # a picture is too little work to share out, and the ranks
 
 
 def colour(pictures: np.ndarray, draws: Draws) -> np.ndarray:
-    """Colour jitter, grey and blur: uint8 [B, 3, S, S] -> float32 [B, 3, S, S] in [-1, 1]."""
+    """Colour jitter, grey, blur, solarisation: uint8 [B, 3, S, S] -> float32 [B, 3, S, S] in [-1, 1]."""
     out = np.empty(pictures.shape, np.float32)
     for row, (picture, x) in enumerate(zip(pictures, out, strict=True)):
         np.multiply(picture, np.float32(1 / 255), out=x)
@@ -23,6 +23,8 @@ def colour(pictures: np.ndarray, draws: Draws) -> np.ndarray:
             x[:] = _luma(x)
         if draws.blur[row]:
             blur(x, float(draws.sigma[row]), int(draws.radius[row]))
+        if draws.solarize[row]:
+            solarize(x)
         x *= 2
         x -= 1
     return out
@@ -75,3 +77,8 @@ def blur(x: np.ndarray, sigma: float, radius: int) -> None:
     """Gaussian blur (sigma in pixels), the kernel cut at `radius`; edges are mirrored."""
     for plane in x:
         cv2.GaussianBlur(plane, (2 * radius + 1,) * 2, sigma, dst=plane, borderType=cv2.BORDER_REFLECT_101)
+
+
+def solarize(x: np.ndarray) -> None:
+    """Invert what is lighter than the middle: x, or 1 - x where x >= 1/2."""
+    np.minimum(x, 1 - x, out=x)

@@ -1,6 +1,6 @@
 """The batches of one rank: rows in order, read and cropped by worker processes, coloured on the device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablerep.data import colour, colour_cpu
 from stablerep.data.augment import Draws, View, draw
+from stablerep.data.chance import derive, orders
 from stablerep.data.index import Index
 from stablerep.data.order import Order, Rows
 from stablerep.data.workers import Filled, Slots, Workers
@@ -22,9 +23,9 @@ NAMED = 5  # broken images that the error names
 
 @dataclass
 class Batch:
-    """This rank's rows of a global batch. `views`: one float32 [B, 3, size, size] in [-1, 1] a view; `ids` int64 [B], equal
-    for positives; `texts`: the caption of each row; `digest` tells the images of the *global* batch; `replaced` counts rows
-    whose image was broken."""
+    """This rank's rows of a global batch. `views`: one float32 [B, 3, size, size] in [-1, 1] a view, then one int64 [B, n]
+    a shuffle: an order of 0 .. n - 1 for each row; `ids` int64 [B], equal for positives; `texts`: the caption of each row;
+    `digest` tells the images of the *global* batch; `replaced` counts rows whose image was broken."""
 
     step: int
     views: list[Tensor]
@@ -55,12 +56,13 @@ def batches(
     max_broken: float,
     on_broken: Callable[[str, str], None],
     texts: bool = True,
+    shuffles: Sequence[int] = (),
 ) -> Iterator[Batch]:
     """Yield the batches of steps first .. last - 1. Call it, and close it, in the main thread.
 
     `on_broken(name, why)` hears of each broken image that was replaced, and of each worker that died and was. `texts`:
-    read the captions too (one more read a row). Raises WorkError where more than the share `max_broken` of the images read
-    is broken, and where a worker cannot go on.
+    read the captions too (one more read a row). `shuffles`: lengths of the random orders that each row gets. Raises
+    WorkError where more than the share `max_broken` of the images read is broken, and where a worker cannot go on.
     """
     if first >= last:
         return
@@ -84,14 +86,24 @@ def batches(
             coloured = [
                 _colour(p, draw(v, seed, step, n, positions)) for n, (v, p) in enumerate(zip(views, pictures, strict=True))
             ]
+            shuffled = [
+                torch.from_numpy(orders(derive("shuffle", seed, step, n), positions, count)).to(device)
+                for n, count in enumerate(shuffles)
+            ]
             yield Batch(
                 step=step,
-                views=coloured,
+                views=coloured + shuffled,
                 ids=_ids(index, order, parts).to(device),
                 texts=[text for part in parts for text in part.texts],
                 digest=rows.digest(),
                 replaced=tally.add(parts, rank_rows(rows, rank, world)),
             )
+
+
+def blank(rows: int, views: list[View], shuffles: Sequence[int] = ()) -> list[Tensor]:
+    """What `Batch.views` looks like, with nothing in it."""
+    pictures = [torch.zeros(rows, 3, view.size, view.size) for view in views]
+    return pictures + [torch.arange(count).repeat(rows, 1) for count in shuffles]
 
 
 def _colour(pictures: Tensor, draws: Draws) -> Tensor:

@@ -116,11 +116,12 @@ def need_sidecar(tar: Path) -> dict[str, Any]:
 class DatasetIndex:
     """Random access to the captions and images of one generation run, held in memory: for looking at a run.
 
-    `len()` counts captions. Raises UsageError where the run is not complete. Training uses `stablerep.data.index`.
+    `len()` counts captions, those of the `first` shards where that is given. Raises UsageError where the run is not
+    complete. Training uses `stablerep.data.index`.
     """
 
-    def __init__(self, run: Path) -> None:
-        tars = dataset_shards(run)
+    def __init__(self, run: Path, first: int | None = None) -> None:
+        tars = dataset_shards(run)[:first]
         self.images_per_caption = int(read_json(run / "dataset.json")["images_per_caption"])
         rows = [(number, *row) for number, tar in enumerate(tars) for row in captions_of(need_sidecar(tar))]
         self.ids = [id for _, id, _, _ in rows]

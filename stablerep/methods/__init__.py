@@ -8,7 +8,10 @@ from stablerep.runtime.errors import UsageError
 if TYPE_CHECKING:
     from stablerep.methods.base import Method
 
-CLASSES = {"stablerep": "StableRep", "stablerep_plus": "StableRepPlus", "simclr": "SimCLR", "clip": "CLIP"}
+CLASSES = {
+    "stablerep": "StableRep", "stablerep_plus": "StableRepPlus", "simclr": "SimCLR", "clip": "CLIP", "mae": "MAE",
+    "byol": "BYOL", "mocov3": "MoCoV3", "dino": "DINO",
+}  # fmt: skip
 
 
 def method_class(name: str) -> "type[Method]":

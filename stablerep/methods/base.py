@@ -1,4 +1,4 @@
-"""What the training loop wants of a method: a sampling unit, views of its images, an encoding, a loss, an after-step hook."""
+"""What the training loop wants of a method: a sampling unit, views of its images, an encoding, a loss, hooks around a step."""
 
 from typing import Any, ClassVar
 
@@ -23,12 +23,21 @@ class Method(nn.Module):
 
     unit: ClassVar[str]
     reads_text: ClassVar[bool] = False
+    default_temperature: ClassVar[float] = 0.1
 
     def __init__(self, encoder: Any, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
+        self.repeating = False  # rows are encoded a second time, for gradients only (GradCache)
         # Float32 tensors beside the trained ones, equal on all ranks (an EMA teacher's weights): checkpoints hold them.
         self.averages: dict[str, Tensor] = {}
+        self.temperature = self.default_temperature if config.temperature is None else config.temperature
+        # Lengths of the random orders that `forward` gets of every row, after the views (MAE's masks).
+        self.shuffles: list[int] = []
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Raise UsageError on a value of the method's own keys that cannot work."""
 
     @classmethod
     def rows_per_unit(cls, images_per_caption: int) -> int:
@@ -41,13 +50,24 @@ class Method(nn.Module):
         return [View(config.image_size, config.crop_min, downsample_p=config.downsample_p)]
 
     def forward(self, views: list[Tensor], tokens: Tensor | None) -> Encoded:
-        """Encode rows: views [B, 3, S, S] each; tokens [captions, T] of the captions of these rows where `reads_text`.
-        Returns tensors whose rows belong to the rows (or captions) given, in order."""
+        """Encode rows: views [B, 3, S, S] each, then an int64 [B, n] for each of `shuffles`; tokens [captions, T] of the
+        captions of these rows where `reads_text`. Returns float tensors whose rows belong to the rows (or captions) given,
+        in order."""
         raise NotImplementedError
 
     def loss(self, encoded: Encoded, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss of this rank's rows (ids [B] int64, equal for positives) and named parts of it for the log."""
         raise NotImplementedError
+
+    def passes(self, config: TrainConfig) -> list[tuple[int, int, int]]:
+        """(tokens, width, layers) of each transformer that an image goes through and that learns from it."""
+        encoder = self.encoder
+        patches = [(view.size // encoder.patch_embed.patch_size[0]) ** 2 for view in self.views(config)]
+        return [(n + encoder.num_prefix_tokens, encoder.num_features, len(encoder.blocks)) for n in patches]
+
+    def before_step(self, step: int, steps: int, epoch: float) -> None:
+        """Called before every optimizer step, `step` of `steps` and `epoch` epochs being done: what a step needs that
+        follows from these (schedules) or from `averages` (a teacher's weights)."""
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
@@ -60,7 +80,6 @@ class Contrastive(Method):
     def __init__(self, encoder: Any, config: TrainConfig) -> None:
         super().__init__(encoder, config)
         self.head = projection_head(encoder.num_features, config.head_hidden, config.head_out)
-        self.temperature = config.temperature
 
     def forward(self, views: list[Tensor], tokens: Tensor | None) -> Encoded:
         """`view0`, `view1`, ...: features [B, width] of each view."""

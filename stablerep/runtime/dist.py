@@ -123,6 +123,12 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        td.barrier()
+
+
 class Control:
     """Small integers that ranks agree on (their maximum) once a step, on a CPU group of their own, so that no device
     waits for it: what is posted at one step is read at the next, by all ranks alike. A dead peer raises RuntimeError."""

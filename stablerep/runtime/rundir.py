@@ -88,9 +88,11 @@ def record_submission(run: Path, **fields: Any) -> None:
 
 
 def freeze_code(run: Path) -> Path:
-    """Copy our packages to RUN/code/<hash> (once for each state of the code), beside the commit and the uncommitted
-    diff, and return that folder: a requeued job runs what was submitted, not tomorrow's working tree."""
+    """Copy our packages, and the pictures that evaluation brings along, to RUN/code/<hash> (once for each state of the code),
+    beside the commit and the uncommitted diff, and return that folder: a requeued job runs what was submitted, not
+    tomorrow's working tree."""
     files = sorted(p for name in PACKAGES for p in (REPO / name).rglob("*.py"))
+    files += sorted((data_folder("assets") / "fashion").iterdir())
     digest = hashlib.sha256(b"".join(str(p.relative_to(REPO)).encode() + p.read_bytes() for p in files))
     folder = run.resolve() / "code" / digest.hexdigest()[:12]
     if (folder / "commit.txt").exists():
