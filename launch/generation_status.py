@@ -123,7 +123,7 @@ def read_status(run: Path) -> GenerationStatus:
         mean_rate=sum(e["images"] for e in first.values()) / total_s if total_s else 0.0,
         eta_s=(progress.total - progress.done - lost) / rate if rate and not progress.complete else None,
         goodput=sum(e["seconds"] for e in first.values()) / paid if paid else None,
-        workers=sorted(workers.values(), key=lambda w: (w.state != "alive", -w.seen)),
+        workers=sorted(workers.values(), key=lambda w: (w.state != "alive", w.name)),
         counts=counts,
         newest=sorted(first, key=lambda k: -float(first[k]["time"])),
     )
