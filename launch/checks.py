@@ -47,9 +47,7 @@ def judge_settings(config: dict[str, str], partition: dict[str, str], cluster: C
     else:
         yield Finding("ok", f"MaxArraySize {array}: longer arrays are split")
     if config.get("JobRequeue") == "0":
-        yield Finding(
-            "warn", "JobRequeue=0: jobs come back only because they are submitted with --requeue; see the requeue below"
-        )
+        yield Finding("warn", "JobRequeue=0", "Jobs are submitted with --requeue and come back if that is allowed: see below")
     else:
         yield Finding("ok", "JobRequeue=1: jobs may be requeued")
     wait = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
@@ -94,7 +92,7 @@ def judge_test_only(name: str, code: int, said: str) -> Finding:
     lines = [re.sub(r"^sbatch: (error: )?", "", line) for line in said.strip().splitlines()]
     if code:
         why = "; ".join(line.removeprefix("allocation failure: ") for line in lines) or "no reason given"
-        return Finding("fail", f"sbatch refuses a job of {name}: {why}", "Mend the cluster file")
+        return Finding("fail", f"sbatch refuses a job of {name}: {why}", "Mend the cluster file; sinfo says which nodes are up")
     when = next((m[1] for line in lines if (m := re.search(r"to start at (\S+)", line))), None)
     return Finding("ok", f"sbatch takes a job of {name}{f'; it would start at {when}' if when else ''}")
 
@@ -128,9 +126,7 @@ def judge_nodes(found: list[Found], world: int, gpus: int) -> Iterator[Finding]:
     """What the tasks found on their nodes."""
     absent = sorted(set(range(world)) - {f.rank for f in found})
     if absent:
-        yield Finding(
-            "fail", f"tasks {_list(absent)} of {world} did not report", "Is --out on a file system that all nodes see?"
-        )
+        yield Finding("fail", f"tasks {_list(absent)} of {world} did not report", "Do all nodes see --out?")
     for f in found:
         for problem in f.problems:
             yield Finding("fail", f"node {f.node}, task {f.rank}: {problem}", "Mend it, or name the node under `exclude`")
@@ -144,9 +140,8 @@ def judge_nodes(found: list[Found], world: int, gpus: int) -> Iterator[Finding]:
             yield Finding("ok", f"{len(found)} GPUs, one a task")
     lost = [f for f in found if f.unreached]
     for f in lost:
-        yield Finding(
-            "fail", f"node {f.node}, task {f.rank}: no TCP between it and rank 0 ({f.unreached})", "Training needs it"
-        )
+        why = f"node {f.node}, task {f.rank}: no TCP between it and task 0 ({f.unreached})"
+        yield Finding("fail", why, "Training needs it: ask for the firewall between nodes")
     if found and not lost and all(len(f.peers) == world for f in found):
         yield Finding("ok", "the tasks reach each other by TCP")
 
@@ -208,11 +203,8 @@ def judge_signals(found: list[Found], world: int) -> Finding:
     if len(heard) == world:
         return Finding("ok", f"USR1 reached all {world} tasks")
     deaf = sorted(set(range(world)) - set(heard))
-    return Finding(
-        "fail",
-        f"USR1 did not reach tasks {_list(deaf)}",
-        "Warned jobs would lose work: does `setup` start a shell that keeps signals?",
-    )
+    do = "Warned jobs would lose work: does `setup` start a shell that keeps signals?"
+    return Finding("fail", f"USR1 did not reach tasks {_list(deaf)}", do)
 
 
 def _nodes(found: list[Found]) -> list[str]:

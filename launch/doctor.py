@@ -75,11 +75,8 @@ def check(config: DoctorConfig, cluster: "ClusterConfig", out: Path, model: str 
     from launch.slurm import client
 
     if config.model is not None and model is None:
-        yield Finding(
-            "fail",
-            f"model {config.model} is not in the hub's cache here",
-            "generate.py fetches it once, where there is a network",
-        )
+        do = "generate.py fetches it once, where there is a network"
+        yield Finding("fail", f"model {config.model} is not in the hub's cache here", do)
     for folder in dict.fromkeys((out, Path.home())):
         yield from judge_space(folder)
     quota = client("quota", "-q")
@@ -116,10 +113,9 @@ def _ask_slurm(cluster: "ClusterConfig", out: Path, shape: "Shape") -> "Iterator
     if name in parts:
         yield from judge_settings(config, parts[name], cluster)
     else:
-        known = f"Slurm has {', '.join(parts)}"
-        yield Finding(
-            "fail", f"no partition {name}" if name else "no default partition, and the cluster file names none", known
-        )
+        known = f"There are {', '.join(parts)}"
+        missing = f"no partition {name}" if name else "no default partition, and the cluster file names none"
+        yield Finding("fail", missing, known)
     one = Shape("generate", 1, shape.tasks_per_node, shape.gpus_per_node)
     for what, asked in (("one node", one), (f"{shape.nodes} nodes", shape)):
         script = out / "test-only.sh"
@@ -234,17 +230,15 @@ def _requeue(out: Path, job: str) -> "Iterator[Finding]":
 
     if answer["code"] not in (0, -signal.SIGTERM) or not wait(lambda: lives().split()[:2] == ["1", "PD"], 120.0):
         why = answer["said"] or f"the job is {lives().split()[1:] or 'gone'} after it"
-        yield Finding(
-            "fail", f"a job cannot requeue itself: {why}", "Preempted and timed-out work comes back only by the same command"
-        )
+        do = "Preempted and timed-out work comes back only by the same command"
+        yield Finding("fail", f"a job cannot requeue itself: {why}", do)
         return
     yield Finding("ok", "a job requeues itself from its node")
     if nudge([job]):
         yield Finding("ok", "users may end the wait of a requeued job: --wait and status.py --watch do")
     else:
-        yield Finding(
-            "warn", "users may not end the wait of a requeued job", "It comes back after the seconds of AuthInfo cred_expire"
-        )
+        do = "It comes back after the seconds of AuthInfo cred_expire"
+        yield Finding("warn", "users may not end the wait of a requeued job", do)
 
 
 def _cancel(out: Path, job: str, on_slurm: bool) -> None:
