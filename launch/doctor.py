@@ -1,15 +1,10 @@
 """Check a cluster against what the toolkit relies on: python launch/doctor.py [--cluster C] [--model M]"""
 
-import contextlib
-import os
-import platform
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,17 +12,13 @@ if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stablerep.runtime.config import key, parse, run_command
-from stablerep.runtime.errors import UsageError, WorkError
+from stablerep.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from launch.checks import Finding
     from launch.cluster import ClusterConfig, Shape
-    from launch.doctor_probe import Found
 
 ABOUT = "Check the cluster before any GPU hour is spent: one line a check, ok, warn or fail, and one small job."
-JOB = "doctor"
-PROBE_MINUTES = 10
-RUN_S = 300.0  # from the start of the job to its last report; imports from a cold file system are slow
 
 
 @dataclass
@@ -72,13 +63,15 @@ def check(config: DoctorConfig, cluster: "ClusterConfig", out: Path, model: str 
     """All findings, the cheap ones first; where sbatch refuses, no job is tried."""
     from launch.checks import Finding, judge_quota, judge_space
     from launch.cluster import Shape
+    from launch.doctor_job import JOB, run_probe
+    from launch.doctor_probe import ProbeTask
     from launch.slurm import client
 
     if config.model is not None and model is None:
         do = "generate.py fetches it once, where there is a network"
         yield Finding("fail", f"model {config.model} is not in the hub's cache here", do)
-    for folder in dict.fromkeys((out, Path.home())):
-        yield from judge_space(folder)
+    for place in dict.fromkeys((out, Path.home())):
+        yield from judge_space(place)
     quota = client("quota", "-q")
     yield from judge_quota(quota.returncode, quota.stdout)
     slurm, gpus = cluster.kind == "slurm", cluster.gpus_per_node
@@ -91,7 +84,9 @@ def check(config: DoctorConfig, cluster: "ClusterConfig", out: Path, model: str 
         if refused:
             yield Finding("fail", "the nodes were not checked", "First mend what failed above")
             return
-    yield from _probe(config, cluster, out, shape, model)
+    folder, world = config.folder or str(out / "shared"), shape.nodes * shape.tasks_per_node
+    task = ProbeTask(str(out), folder, world, gpus, cluster.scratch, model)
+    yield from run_probe(cluster, shape, task, config.patience_s)
 
 
 def _ask_slurm(cluster: "ClusterConfig", out: Path, shape: "Shape") -> "Iterator[Finding]":
@@ -114,8 +109,8 @@ def _ask_slurm(cluster: "ClusterConfig", out: Path, shape: "Shape") -> "Iterator
         yield from judge_settings(config, parts[name], cluster)
     else:
         known = f"There are {', '.join(parts)}"
-        missing = f"no partition {name}" if name else "no default partition, and the cluster file names none"
-        yield Finding("fail", missing, known)
+        level, missing = ("fail", f"no partition {name}") if name else ("warn", "no default partition, none in the file")
+        yield Finding(level, missing, known)
     one = Shape("generate", 1, shape.tasks_per_node, shape.gpus_per_node)
     for what, asked in (("one node", one), (f"{shape.nodes} nodes", shape)):
         script = out / "test-only.sh"
@@ -124,134 +119,6 @@ def _ask_slurm(cluster: "ClusterConfig", out: Path, shape: "Shape") -> "Iterator
         yield judge_test_only(what, said.returncode, said.stderr)
     said = client("sacct", "-n", "-X")
     yield judge_accounting(said.returncode, said.stderr)
-
-
-def _probe(config: DoctorConfig, cluster: "ClusterConfig", out: Path, shape: "Shape", model: str | None) -> "Iterator[Finding]":
-    """Run the probe job and judge its reports; the job is cancelled whatever happens."""
-    from launch import checks
-    from launch.cluster import submit
-    from launch.doctor_probe import ProbeTask, fingerprint_of, versions
-
-    world = shape.nodes * shape.tasks_per_node
-    folder = config.folder or str(out / "shared")
-    task = ProbeTask(str(out), folder, world, cluster.gpus_per_node, cluster.scratch, model)
-    minutes = min(cluster.minutes, PROBE_MINUTES)
-    short = replace(cluster, minutes=minutes, signal_lead_s=min(cluster.signal_lead_s, 30 * minutes))
-    try:
-        job = submit(short, out, shape, [task], False)[0]
-    except UsageError as error:
-        yield checks.Finding("fail", str(error), "Mend the cluster file")
-        return
-    print(f"      probe job {job}: {world} tasks", file=sys.stderr)
-    try:
-        pending = _await_start(out, job, cluster.kind == "slurm", config.patience_s)
-        if pending:
-            why = f"probe job {job} still waits after {config.patience_s:.0f} s ({pending}): the nodes were not checked"
-            yield checks.Finding("fail", why, "Try again later, or with a longer --patience-s")
-            return
-        found = _gather(out, "reports", world)
-        yield from checks.judge_nodes(found, world, cluster.gpus_per_node)
-        yield from checks.judge_sharing(found, world)
-        yield from checks.judge_packages(found, platform.python_version(), versions())
-        if model is not None:
-            yield from checks.judge_model(found, model, fingerprint_of(model))
-        if not found:
-            yield checks.Finding("fail", f"job {job} ended with: {_last_word(out)}", "Keep its logs with --out")
-            return
-        _warn(job, found, cluster.kind == "slurm")
-        yield checks.judge_signals(_gather(out, "signalled", world), world)
-        (out / "end").touch()
-        if cluster.kind == "slurm":
-            yield from _requeue(out, job)
-    finally:
-        _cancel(out, job, cluster.kind == "slurm")
-
-
-def _await_start(out: Path, job: str, on_slurm: bool, patience_s: float) -> str | None:
-    """Wait until the job runs or has gone; else why it waits."""
-    from launch.doctor_probe import wait
-    from launch.slurm import client
-
-    def waiting() -> str:
-        return client("squeue", "-h", "-j", job, "-t", "PENDING,CONFIGURING", "-o", "%r").stdout.strip() if on_slurm else ""
-
-    return None if wait(lambda: not waiting(), patience_s) else waiting()
-
-
-def _gather(out: Path, name: str, world: int) -> "list[Found]":
-    """Reports of all tasks, or those that came before the job ended or RUN_S was over."""
-    from launch.cluster import still_active
-    from launch.doctor_probe import Found, wait
-    from launch.progress import Every
-    from stablerep.runtime.rundir import read_json
-
-    gone = Every(3.0, lambda: not still_active(out, JOB))
-
-    def count() -> int:
-        return len(list((out / name).glob("[0-9]*.json")))
-
-    wait(lambda: count() == world or gone(), RUN_S)
-    time.sleep(0 if count() == world else 2)  # the last report of a job that has just ended
-    return sorted((Found(**read_json(path)) for path in (out / name).glob("[0-9]*.json")), key=lambda f: f.rank)
-
-
-def _last_word(out: Path) -> str:
-    """The last line that the job wrote."""
-    logs = sorted((out / "logs").glob("*.out"), key=lambda p: p.stat().st_size)
-    lines = logs[-1].read_text(errors="replace").split("\n") if logs else []
-    return next((line for line in reversed(lines) if line.strip()), "no log that this machine sees")
-
-
-def _warn(job: str, found: "list[Found]", on_slurm: bool) -> None:
-    """USR1 to every task, as Slurm sends it ahead of the end of the wall time."""
-    from launch.slurm import client
-
-    if on_slurm:
-        client("scancel", "--signal=USR1", job)
-        return
-    for f in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(f.pid, signal.SIGUSR1)
-
-
-def _requeue(out: Path, job: str) -> "Iterator[Finding]":
-    """The job asked Slurm from its node to run it again: does it wait for its next life, and may that wait be ended?"""
-    from launch.checks import Finding
-    from launch.doctor_probe import wait
-    from launch.slurm import client, nudge
-    from stablerep.runtime.rundir import read_json
-
-    asked = out / "requeue.json"
-    wait(asked.exists, 60.0)
-    answer = read_json(asked) if asked.exists() else {"code": 1, "said": "no answer within 60 s"}
-
-    def lives() -> str:
-        return client("squeue", "-h", "-j", job, "-O", "RestartCnt:12,StateCompact:12").stdout
-
-    if answer["code"] not in (0, -signal.SIGTERM) or not wait(lambda: lives().split()[:2] == ["1", "PD"], 120.0):
-        why = answer["said"] or f"the job is {lives().split()[1:] or 'gone'} after it"
-        do = "Preempted and timed-out work comes back only by the same command"
-        yield Finding("fail", f"a job cannot requeue itself: {why}", do)
-        return
-    yield Finding("ok", "a job requeues itself from its node")
-    if nudge([job]):
-        yield Finding("ok", "users may end the wait of a requeued job: --wait and status.py --watch do")
-    else:
-        do = "It comes back after the seconds of AuthInfo cred_expire"
-        yield Finding("warn", "users may not end the wait of a requeued job", do)
-
-
-def _cancel(out: Path, job: str, on_slurm: bool) -> None:
-    """End the job, and wait until nothing of it writes any more."""
-    from launch.cluster import still_active
-    from launch.doctor_probe import wait
-    from launch.slurm import client
-
-    (out / "end").touch()
-    if on_slurm:
-        client("scancel", job)
-    with contextlib.suppress(WorkError):
-        wait(lambda: not still_active(out, JOB), 60.0)
 
 
 def _model_folder(model: str | None) -> str | None:
