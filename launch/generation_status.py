@@ -131,10 +131,13 @@ def read_status(run: Path) -> GenerationStatus:
 
 def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
     """The state in lines: a headline, rates, a row for each worker that is alive, what went wrong."""
+    from generation.worker import STOP
+
     now = time.time()
     headline = "complete" if state.complete else f"{100 * state.images / max(1, state.total):.1f} %"
     lines = [f"{state.committed}/{state.shards} shards committed, {state.leased} leased, {state.left} left, "
              f"{len(state.aside)} set aside"]  # fmt: skip
+    lines += ["told to stop: workers end after their batch"] if (run / STOP).exists() else []
     if state.mean_rate:
         speed = f"{state.rate:.2f} images/s in the last {WINDOW_S / 60:.0f} minutes, " if state.alive else ""
         eta = f", ETA {duration(state.eta_s)}" if state.eta_s is not None else ""

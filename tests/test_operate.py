@@ -200,6 +200,8 @@ def test_status_says_it_in_words_and_as_json(tmp_path, capsys):
     for words in ("60.0 %, 36/60 images", "6/10 shards committed, 2 leased, 1 left, 1 set aside", "ETA", "goodput",
                   "straggler slow on n3", "shard 000007 failed 3 times: ValueError: a bad caption", "1 silent"):  # fmt: skip
         assert words in said, said
+    assert "told to stop" not in said and generate.main(["--out", str(run), "--stop"]) == 0
+    assert status.main([str(run)]) == 3 and "told to stop" in capsys.readouterr().out
     assert status.main([str(run), "--json"]) == 3
     plain = json.loads(capsys.readouterr().out)
     assert plain["committed"] == 6 and plain["stragglers"] == ["slow"] and plain["workers"][0]["node"] == "n1"
