@@ -27,7 +27,9 @@ def set_aside(run: Path, attempts: int) -> dict[int, list[dict[str, Any]]]:
 def forget(run: Path) -> None:
     """Give every shard that failed new attempts; what happened stays in `*.before`."""
     for path in (run / "failures").glob("*.jsonl"):
-        path.rename(path.with_suffix(".before"))
+        with open(path.with_suffix(".before"), "a") as kept:
+            kept.write(path.read_text())
+        path.unlink()
 
 
 def _file(run: Path, shard: int) -> Path:

@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -13,6 +14,9 @@ from generation.settings import GenerateConfig
 from launch.options import LaunchConfig
 from stablerep.runtime.config import key, parse, part, run_command
 from stablerep.runtime.errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    from generation.plan import Plan
 
 ABOUT = "Plan the shards, submit the generation array, resume where RUN exists."
 JOB = "generate"
@@ -38,10 +42,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--max-running must be at least 1")
     if command.stop:
         return _stop(command)
-    from generation.failures import forget, set_aside
-    from generation.plan import check_folder, check_resume, finished_shards, load_plan, make_plan, renew
+    from generation.plan import check_folder, check_resume, load_plan, make_plan, renew
     from generation.settings import resolve
-    from generation.worker import STOP
     from launch.cluster import Shape, load_cluster, render_scripts, still_active, submit
     from launch.job import GenerateTask
 
@@ -76,24 +78,9 @@ def main(argv: list[str]) -> int:
         print(f"dry run: {wanted} jobs of one node in {len(scripts) or wanted} submissions; nothing was written")
         return 0
     active = still_active(run, JOB)
-    if (run / STOP).exists():
-        if active:
-            raise WorkError(
-                f"{run} was told to stop and {len(active)} jobs are ending; give the command again when they are gone"
-            )
-        (run / STOP).unlink()
-    aside = set_aside(run, config.attempts)
-    if command.retry_failed:
-        if not aside:
-            print(f"{run}: no shard was set aside, nothing is launched")
-            return 0
-        if active:
-            raise WorkError(f"{len(active)} jobs of {run} are at work; give --retry-failed when they have ended")
-        print(f"{len(aside)} shards that were set aside get new attempts")
-        forget(run)
-    elif aside and finished_shards(run, plan) + len(aside) == plan.shards:
-        print(f"error: {_aside(len(aside))}, and no other is left to make", file=sys.stderr)
-        return 3
+    nothing = _make_way(run, plan, command.retry_failed, config.attempts, active)
+    if nothing is not None:
+        return nothing
     missing = max(0, wanted - len(active))
     started = time.time()
     if missing:
@@ -107,6 +94,34 @@ def main(argv: list[str]) -> int:
         print(f"follow it with: python launch/status.py {os.path.relpath(run)} --watch")
         return 0
     return _wait(run, config.attempts, started)
+
+
+def _make_way(run: Path, plan: "Plan", retry_failed: bool, attempts: int, active: list[str]) -> int | None:
+    """Before a launch: take STOP away, and give shards new attempts where asked; the exit code where nothing is to launch."""
+    from generation.failures import forget, set_aside
+    from generation.plan import finished_shards
+    from generation.worker import STOP
+
+    if (run / STOP).exists():
+        if active:
+            raise WorkError(
+                f"{run} was told to stop and {len(active)} jobs are ending; give the command again when they are gone"
+            )
+        (run / STOP).unlink()
+    aside = len(set_aside(run, attempts))
+    if not retry_failed:
+        if aside and finished_shards(run, plan) + aside == plan.shards:
+            print(f"error: {_aside(aside)}, and no other is left to make", file=sys.stderr)
+            return 3
+        return None
+    if not aside:
+        print(f"{run}: no shard was set aside, nothing is launched")
+        return 0
+    if active:
+        raise WorkError(f"{len(active)} jobs of {run} are at work; give --retry-failed when they have ended")
+    print(f"{aside} shards that were set aside get new attempts")
+    forget(run)
+    return None
 
 
 def _stop(command: GenerateCommand) -> int:
