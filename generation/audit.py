@@ -48,24 +48,18 @@ def check_shard(run: Path, number: int, texts: list[tuple[str, str]]) -> str | N
     return None
 
 
-def remake(run: Path, count: int, device: str) -> list[str]:
+def differing_captions(run: Path, count: int, device: str) -> list[str]:
     """Make the images of `count` random captions again; the ids of those whose bytes differ."""
     from generation.captions import read_captions
-    from generation.pipeline import generate_captions, load
+    from generation.pipeline import load
     from generation.plan import load_plan
-    from stablerep.data.shards import DatasetIndex
+    from generation.remake import remake, stored_images
 
-    index = DatasetIndex(run)
-    rows = {id: i for i, id in enumerate(index.ids)}
-    captions = read_captions(run / "captions.parquet", 0, load_plan(run).captions)
-    chosen = random.sample(captions, min(count, len(captions)))
-    images = generate_captions(load(run, device), chosen)
-    assert images is not None
-    return [
-        id
-        for (id, _), made in zip(chosen, images, strict=True)
-        if made != [index.read(rows[id], j) for j in range(index.images_per_caption)]
-    ]
+    plan = load_plan(run)
+    rows = random.sample(range(plan.captions), min(count, plan.captions))
+    chosen = [read_captions(run / "captions.parquet", row, 1)[0] for row in rows]
+    images = remake(load(run, device), chosen)
+    return [id for (id, _), row, made in zip(chosen, rows, images, strict=True) if made != stored_images(run, plan, row)]
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +87,7 @@ def main(argv: list[str]) -> int:
                 (run / "shards" / f"{shard_name(number)}.json").unlink(missing_ok=True)
             print(f"{run}: {len(broken)} shards forgotten; the same generate command makes them again")
         complete = (run / "dataset.json").exists()
-        differing = remake(run, config.remake, config.device) if config.remake and complete else []
+        differing = differing_captions(run, config.remake, config.device) if config.remake and complete else []
         for id in differing:
             print(f"{run}: caption {id}: remade images differ")
         wrong += len(broken) + len(differing)

@@ -1,6 +1,7 @@
 """The worker: claim a shard, generate, commit, next. Any number of them, anywhere on the shared file system."""
 
 import errno
+import os
 import time
 import traceback
 import zlib
@@ -9,33 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from generation.captions import read_captions
+from generation.failures import failures, record
 from generation.lease import Leases
 from generation.plan import Plan, load_plan, write_dataset
 from generation.settings import GenerateConfig, public_settings
-from stablerep.data.shards import Sample, read_sidecar, shard_name, write_shard
+from stablerep.data.shards import Sample, read_sidecar, write_shard
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.events import Events
-from stablerep.runtime.rundir import append_jsonl, read_jsonl
 from stablerep.runtime.stop import StopFlag
 
 POLL_S = 1.0
+STOP = "STOP"  # while this file lies in the run folder, workers end between two batches
 
 
-def failures(run: Path, shard: int) -> list[dict[str, Any]]:
-    """The failed attempts at a shard since the last launch."""
-    return list(read_jsonl(run / "failures" / f"{shard_name(shard)}.jsonl"))
-
-
-def work(run: Path, *, device: str, stop: StopFlag, name: str) -> str:
-    """Generate until nothing is left: `done`, `stopped` (a signal came) or `incomplete` (shards were set aside).
+def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None = None) -> str:
+    """Generate until nothing is left: `done`, `stopped` (a signal came: come back), `halted` (the file STOP: do not) or
+    `incomplete` (shards were set aside). `node` is this machine as the scheduler calls it.
 
     Raises WorkError on what another attempt elsewhere will not cure (a full disk), UsageError on a broken run.
     """
     config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
     events = Events(run, name)
     try:
-        events.write("started", device=device)
+        events.write("started", device=device, node=node or os.uname().nodename)
         leases = Leases(run / "leases", name, config.lease_timeout_s)
         try:
             outcome = _Worker(run, config, plan, device, stop, events, leases).loop()
@@ -66,8 +64,8 @@ class _Worker:
         while True:
             busy = False
             for shard in left:
-                if self.stop.requested:
-                    return "stopped"
+                if ending := self.ending():
+                    return ending
                 busy = self.visit(shard) or busy
             left = [k for k in left if not self.settled(k)]
             if not left:
@@ -80,6 +78,12 @@ class _Worker:
             write_dataset(self.run, self.plan, self.config)
             self.events.write("completed")
         return "done"
+
+    def ending(self) -> str | None:
+        """How to end now, `halted` or `stopped`; None while there is no reason to."""
+        if (self.run / STOP).exists():
+            return "halted"
+        return "stopped" if self.stop.requested else None
 
     def settled(self, shard: int) -> bool:
         """Whether nobody needs to look at the shard again: committed or set aside."""
@@ -112,7 +116,7 @@ class _Worker:
         return True
 
     def make(self, shard: int) -> None:
-        """Generate and commit one shard; a stop signal abandons it between two batches."""
+        """Generate and commit one shard; a reason to end abandons it between two batches."""
         start = time.time()
         if self.model is None:
             from generation.pipeline import TextToImage
@@ -127,7 +131,7 @@ class _Worker:
 
         captions = read_captions(self.run / "captions.parquet", *self.plan.rows(shard))
         retried = self.model.retried
-        images = generate_captions(self.model, captions, stopped=lambda: self.stop.requested)
+        images = generate_captions(self.model, captions, stopped=self.ending)
         if images is None:
             self.events.write("released", shard=shard, signal=self.stop.requested)
             return
@@ -146,8 +150,7 @@ class _Worker:
         """Record a failed attempt; the last one sets the shard aside."""
         why = f"{type(error).__name__}: {error}"
         attempts = len(failures(self.run, shard)) + 1
-        record = {"why": why, "worker": self.events.name, "trace": traceback.format_exc()}
-        append_jsonl(self.run / "failures" / f"{shard_name(shard)}.jsonl", record)
+        record(self.run, shard, why=why, worker=self.events.name, trace=traceback.format_exc())
         self.events.write("failed", shard=shard, why=why, attempt=attempts)
         if attempts >= self.config.attempts:
             self.events.write("set aside", shard=shard, why=why)

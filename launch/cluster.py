@@ -77,6 +77,7 @@ class Shape:
         default_factory=list
     )  # Slurm: the batch script runs it, and srun's exit code, when srun failed
     after: list[str] = field(default_factory=list)  # Slurm: ids of jobs that must have ended, however they ended
+    at_most: int | None = None  # of many jobs: how many run at once
 
 
 def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable[[], Any]], fresh: bool) -> list[str]:
@@ -92,8 +93,8 @@ def submit(cluster: ClusterConfig, run: Path, shape: Shape, tasks: list[Callable
     code = freeze_code(run)
     ids: list[str] = []
     with _environment(code), _detached(logs) if cluster.kind == "local" else nullcontext():
-        for chunk in _chunks(cluster, tasks):
-            executor = _executor(cluster, run, shape)
+        for part, chunk in _arrays(cluster, shape, tasks):
+            executor = _executor(cluster, run, part)
             try:
                 with redirect_stderr(said := io.StringIO()), executor.batch():
                     jobs = [executor.submit(task) for task in chunk]
@@ -112,8 +113,8 @@ def render_scripts(cluster: ClusterConfig, run: Path, shape: Shape, jobs: int) -
     if cluster.kind == "local":
         return []
     scripts = []
-    for chunk in _chunks(cluster, [None] * jobs):
-        executor = _executor(cluster, run, shape)._executor
+    for part, chunk in _arrays(cluster, shape, [None] * jobs):
+        executor = _executor(cluster, run, part)._executor
         if len(chunk) > 1:
             executor.parameters["map_count"] = len(chunk)
         scripts.append(executor._make_submission_file_text(executor._submitit_command_str, "UID"))
@@ -137,9 +138,19 @@ def all_active(runs: dict[Path, str]) -> dict[Path, list[str]]:
 
 def nudge(run: Path, name: str) -> None:
     """End the wait that Slurm puts before a requeued job of this run; nothing where there is no Slurm or no such job."""
-    jobs = [job for r in read_jsonl(run / "jobs.jsonl") if r["kind"] == "slurm" and r.get("name") == name for job in r["jobs"]]
-    if jobs:
+    if jobs := _slurm_jobs(run, name):
         slurm.nudge(jobs)
+
+
+def cancel_waiting(run: Path, name: str) -> None:
+    """Cancel those of this run's jobs that wait, for their first life or for another one."""
+    if jobs := _slurm_jobs(run, name):
+        slurm.client("scancel", "--state=PENDING", *sorted({job.split("_")[0] for job in jobs}))
+
+
+def _slurm_jobs(run: Path, name: str) -> list[str]:
+    records = [r for r in read_jsonl(run / "jobs.jsonl") if r["kind"] == "slurm" and r.get("name") == name]
+    return [job for r in records for job in r["jobs"]]
 
 
 def watch_jobs(run: Path, name: str) -> bool:
@@ -148,10 +159,17 @@ def watch_jobs(run: Path, name: str) -> bool:
     return bool(still_active(run, name))
 
 
-def _chunks(cluster: ClusterConfig, tasks: list[Any]) -> Iterator[list[Any]]:
+def _arrays(cluster: ClusterConfig, shape: Shape, tasks: list[Any]) -> Iterator[tuple[Shape, list[Any]]]:
+    """Cut tasks into arrays that Slurm takes; each gets its part of `shape.at_most`. Raises UsageError where a part is 0."""
     size = 1 if cluster.kind == "local" else _max_array_size(cluster)
-    for i in range(0, len(tasks), size):
-        yield tasks[i : i + size]
+    chunks = [tasks[i : i + size] for i in range(0, len(tasks), size)]
+    if shape.at_most is None or cluster.kind == "local":
+        yield from ((shape, chunk) for chunk in chunks)
+        return
+    if shape.at_most < len(chunks):
+        raise UsageError(f"--max-running {shape.at_most} is less than the {len(chunks)} arrays of at most {size} jobs")
+    for i, chunk in enumerate(chunks):
+        yield replace(shape, at_most=(shape.at_most + len(chunks) - 1 - i) // len(chunks)), chunk
 
 
 def _max_array_size(cluster: ClusterConfig) -> int:
@@ -185,7 +203,7 @@ def _executor(cluster: ClusterConfig, run: Path, shape: Shape) -> Any:
     executor.update_parameters(
         cpus_per_task=cluster.cpus_per_task,
         slurm_signal_delay_s=cluster.signal_lead_s,
-        slurm_array_parallelism=1 << 20,
+        slurm_array_parallelism=shape.at_most or 1 << 20,
         slurm_additional_parameters=options,
         slurm_setup=cluster.setup or None,
         # srun does not inherit --cpus-per-task; one dead rank of a training job ends the others.

@@ -5,14 +5,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from generation.settings import GenerateConfig
 from launch.options import LaunchConfig
-from stablerep.runtime.config import parse, part, run_command
-from stablerep.runtime.errors import UsageError
+from stablerep.runtime.config import key, parse, part, run_command
+from stablerep.runtime.errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    from generation.plan import Plan
 
 ABOUT = "Plan the shards, submit the generation array, resume where RUN exists."
 JOB = "generate"
@@ -22,12 +26,22 @@ JOB = "generate"
 class GenerateCommand(LaunchConfig, GenerateConfig):
     """All flags of generate.py."""
 
+    max_running: int | None = key(None, "of the submitted jobs, run at most so many at once")
+    stop: bool = key(False, "instead: workers finish their batch, give their shards back and end; waiting jobs are cancelled")
+    retry_failed: bool = key(
+        False, "give the shards that were set aside new attempts; without such a shard nothing is launched"
+    )
+
 
 def main(argv: list[str]) -> int:
     """Plan or resume, submit what is missing, wait if asked; see the exit codes in the README."""
     command = parse(GenerateCommand, argv, prog="generate.py", about=ABOUT)
     if command.nodes < 1:
         raise UsageError("--nodes must be at least 1")
+    if command.max_running is not None and command.max_running < 1:
+        raise UsageError("--max-running must be at least 1")
+    if command.stop:
+        return _stop(command)
     from generation.plan import check_folder, check_resume, load_plan, make_plan, renew
     from generation.settings import resolve
     from launch.cluster import Shape, load_cluster, render_scripts, still_active, submit
@@ -53,8 +67,10 @@ def main(argv: list[str]) -> int:
         return 0
 
     tasks_per_node = max(1, gpus)
-    shape = Shape(JOB, tasks_per_node=tasks_per_node, gpus_per_node=gpus)
+    shape = Shape(JOB, tasks_per_node=tasks_per_node, gpus_per_node=gpus, at_most=command.max_running)
     wanted = min(command.nodes, -(-plan.shards // tasks_per_node))
+    if cluster.kind == "local":  # nothing waits here
+        wanted = min(wanted, command.max_running or wanted)
     if command.dry_run:
         scripts = render_scripts(cluster, run, shape, wanted)
         for script in scripts:
@@ -62,11 +78,13 @@ def main(argv: list[str]) -> int:
         print(f"dry run: {wanted} jobs of one node in {len(scripts) or wanted} submissions; nothing was written")
         return 0
     active = still_active(run, JOB)
+    nothing = _make_way(run, plan, command.retry_failed, config.attempts, active)
+    if nothing is not None:
+        return nothing
     missing = max(0, wanted - len(active))
     started = time.time()
     if missing:
         renew(config)
-        _forget_failures(run)
         ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus) for _ in range(missing)], fresh)
         print(f"submitted {len(ids)} jobs: {' '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}")
     else:
@@ -75,14 +93,64 @@ def main(argv: list[str]) -> int:
     if not wait:
         print(f"follow it with: python launch/status.py {os.path.relpath(run)} --watch")
         return 0
-    return _wait(run, started)
+    return _wait(run, config.attempts, started)
 
 
-def _wait(run: Path, started: float) -> int:
+def _make_way(run: Path, plan: "Plan", retry_failed: bool, attempts: int, active: list[str]) -> int | None:
+    """Before a launch: take STOP away, and give shards new attempts where asked; the exit code where nothing is to launch."""
+    from generation.failures import forget, set_aside
+    from generation.plan import finished_shards
+    from generation.worker import STOP
+
+    if (run / STOP).exists():
+        if active:
+            raise WorkError(
+                f"{run} was told to stop and {len(active)} jobs are ending; give the command again when they are gone"
+            )
+        (run / STOP).unlink()
+    aside = len(set_aside(run, attempts))
+    if not retry_failed:
+        if aside and finished_shards(run, plan) + aside == plan.shards:
+            print(f"error: {_aside(aside)}, and no other is left to make", file=sys.stderr)
+            return 3
+        return None
+    if not aside:
+        print(f"{run}: no shard was set aside, nothing is launched")
+        return 0
+    if active:
+        raise WorkError(f"{len(active)} jobs of {run} are at work; give --retry-failed when they have ended")
+    print(f"{aside} shards that were set aside get new attempts")
+    forget(run)
+    return None
+
+
+def _stop(command: GenerateCommand) -> int:
+    """Leave the file STOP for the workers, cancel what waits in the queue; with --wait, stay until no job is left."""
+    from generation.plan import load_plan
+    from generation.worker import STOP
+    from launch.cluster import cancel_waiting, still_active
+    from stablerep.runtime.rundir import write_atomic
+
+    run = Path(command.out).resolve()
+    load_plan(run)
+    if (run / "dataset.json").exists():
+        print(f"{run}: complete, nothing to stop")
+        return 0
+    write_atomic(run / STOP, "the workers of this run end; the next launch removes this file\n")
+    cancel_waiting(run, JOB)
+    print(f"{run}: workers end after the batch that they are at; the same generate command without --stop goes on")
+    while command.wait and still_active(run, JOB):
+        time.sleep(1.0)
+    return 0
+
+
+def _wait(run: Path, attempts: int, started: float) -> int:
     """Show progress to the end; where no job is left, say why from the events since `started` (Unix time)."""
+    from generation.failures import set_aside
+    from generation.worker import STOP
     from launch.cluster import watch_jobs
+    from launch.generation_status import generation_progress
     from launch.progress import Every, watch
-    from launch.status import generation_progress
     from stablerep.runtime.events import read_events
 
     try:
@@ -96,14 +164,17 @@ def _wait(run: Path, started: float) -> int:
     failed = [e for e in read_events(run) if e["event"] == "failed" and e["time"] >= started]
     for why in sorted({f"shard {e['shard']}: {e['why']}" if "shard" in e else e["why"] for e in failed}):
         print(why, file=sys.stderr)
-    print(f"error: {run} is incomplete and no job is left; see {run}/logs; the same command resumes", file=sys.stderr)
+    if (run / STOP).exists():
+        print(f"{run}: stopped; the same command goes on")
+        return 3
+    aside = len(set_aside(run, attempts))
+    then = _aside(aside) if aside else "the same command resumes"
+    print(f"error: {run} is incomplete and no job is left; see {run}/logs; {then}", file=sys.stderr)
     return 3
 
 
-def _forget_failures(run: Path) -> None:
-    """A new launch gives shards that were set aside new attempts."""
-    for path in (run / "failures").glob("*.jsonl"):
-        path.rename(path.with_suffix(".before"))
+def _aside(count: int) -> str:
+    return f"{count} shards are set aside; the same command with --retry-failed tries them again"
 
 
 if __name__ == "__main__":

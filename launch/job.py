@@ -38,7 +38,7 @@ class GenerateTask:
     gpus: int
 
     def __call__(self) -> str:
-        """Work until nothing is left, or stop and requeue."""
+        """Work until nothing is left, or until told to stop: by a signal it requeues itself, by the file STOP it does not."""
         from submitit import JobEnvironment
 
         from generation.worker import work
@@ -47,7 +47,7 @@ class GenerateTask:
         rank = JobEnvironment().local_rank
         run, name = Path(self.run), process_name(f"generate-{rank}")
         try:
-            outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name)
+            outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name, node=slurm.own_node())
             if outcome == "stopped" and rank == 0:
                 requeue_self(Events(run, name), stop.requested)
         except (UsageError, WorkError) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from generation.failures import set_aside
 from generation.settings import GenerateConfig
 from launch.grid import Stage, Sweep
 from launch.progress import duration
@@ -90,6 +91,8 @@ def command_of(out: Path, work: Work, where: list[str]) -> list[str]:
     place = ["--nodes", str(stage.config.nodes)]
     if stage.config.gpus_per_node is not None:
         place += ["--gpus-per-node", str(stage.config.gpus_per_node)]
+    if stage.kind == "generate" and set_aside(out / stage.key, stage.config.attempts):
+        place.append("--retry-failed")
     return [f"launch/{stage.kind}.py", "--config", str(files[0]), *place, *where]
 
 

@@ -1,13 +1,16 @@
 """Where runs stand, from their files alone: python launch/status.py RUN... [--watch]"""
 
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.generation_status import describe_generation, generation_progress, read_status
 from launch.ledger import ledger_lines
 from launch.lives import why_it_failed
 from launch.progress import Every, Progress, duration, watch
@@ -23,17 +26,8 @@ class StatusConfig:
 
     runs: list[str] = key([], "run folders")
     watch: bool = key(False, "stay until the (first) run is complete; Ctrl-C ends it")
-
-
-def generation_progress(run: Path) -> Progress:
-    """Images of committed shards."""
-    from generation.plan import finished_shards, load_plan
-
-    plan = load_plan(run)
-    shards = finished_shards(run, plan)
-    complete = (run / "dataset.json").exists()
-    done = plan.images if complete else min(plan.images, shards * plan.captions_per_shard * plan.images_per_caption)
-    return Progress(done, plan.images, complete, f"{shards}/{plan.shards} shards")
+    json: bool = key(False, "one JSON object a line for each run, in place of the text")
+    pictures: bool = key(False, "also write a contact sheet of the latest images of generation runs, RUN/contact.png")
 
 
 def training_progress(run: Path) -> Progress:
@@ -50,15 +44,6 @@ def training_progress(run: Path) -> Progress:
     return Progress(total if complete else int(last.get("step", 0)), total, complete, detail)
 
 
-def set_aside(run: Path) -> list[str]:
-    """One line for every shard that failed, with its last reason."""
-    return [
-        f"shard {path.stem} failed {len(records)} times: {records[-1]['why']}"
-        for path in sorted((run / "failures").glob("*.jsonl"))
-        if (records := list(read_jsonl(path)))
-    ]
-
-
 def describe(run: Path) -> list[str]:
     """The state of a run in a few lines."""
     if (run / "sweep.json").exists():
@@ -66,16 +51,8 @@ def describe(run: Path) -> list[str]:
 
         return sweep_lines(run)
     if (run / "plan.json").exists():
-        seen, unit = generation_progress(run), "images"
-        commits = [e for e in read_events(run) if e["event"] == "committed"]
-        rate = sum(e["images"] for e in commits) / max(1e-9, sum(e["seconds"] for e in commits)) if commits else 0.0
-        leases = sorted((run / "leases").glob("*.lease"))
-        now = time.time()
-        holders = [f"{p.stem} ({now - p.stat().st_mtime:.0f} s)" for p in leases if p.exists()]
-        lines = [f"{rate:.2f} images/s a worker, over {len(commits)} shards"] if commits else []
-        lines += [f"leases (age of the last heartbeat): {' '.join(holders[:8])}"] if holders and not seen.complete else []
-        lines += set_aside(run)
-    elif (run / "config.yaml").exists():
+        return describe_generation(run, read_status(run))
+    if (run / "config.yaml").exists():
         seen, unit = training_progress(run), "steps"
         lines = [seen.detail] if seen.detail else []
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
@@ -85,8 +62,7 @@ def describe(run: Path) -> list[str]:
     else:
         raise UsageError(f"{run} is not a run: it has none of sweep.json, plan.json and config.yaml")
     events = list(read_events(run))
-    counts = {k: sum(e["event"] == k for e in events) for k in ("requeued", "failed", "taken over")}
-    counts["taken over"] = sum(e.get("how") == "taken over" for e in events)
+    counts = {k: sum(e["event"] == k for e in events) for k in ("requeued", "failed")}
     lines += [", ".join(f"{v} {k}" for k, v in counts.items() if v)] if any(counts.values()) else []
     if events and not seen.complete:
         last = max(events, key=lambda e: e["time"])
@@ -96,14 +72,32 @@ def describe(run: Path) -> list[str]:
 
 
 def progress_of(run: Path) -> tuple[Progress, str, str]:
-    """Where a run stands, its unit, and the name of its jobs ("" where they are those of a sweep's stages)."""
+    """Where a run stands, its unit, and the name of its jobs ("" for a sweep, whose stages have theirs). Raises UsageError."""
     if (run / "sweep.json").exists():
         from launch.overview import sweep_progress
 
         return sweep_progress(run), "stages", ""
     if (run / "plan.json").exists():
         return generation_progress(run), "images", "generate"
-    return training_progress(run), "steps", "train"
+    if (run / "config.yaml").exists():
+        return training_progress(run), "steps", "train"
+    raise UsageError(f"{run} is not a run: it has none of sweep.json, plan.json and config.yaml")
+
+
+def to_dict(run: Path) -> dict[str, Any]:
+    """The state of a run as plain values. Raises UsageError."""
+    if (run / "plan.json").exists():
+        return {"run": str(run), **read_status(run).to_dict()}
+    seen, unit, _ = progress_of(run)
+    state = {"run": str(run), "kind": "training" if unit == "steps" else "sweep", **asdict(seen)}
+    return {**state, "why": why_it_failed(run)} if unit == "steps" else state
+
+
+def _complete(run: Path) -> bool:
+    """By the files that are written last."""
+    if (run / "sweep.json").exists():
+        return progress_of(run)[0].complete
+    return (run / "dataset.json").exists() or (run / "final" / "encoder.safetensors").exists()
 
 
 def main(argv: list[str]) -> int:
@@ -112,8 +106,14 @@ def main(argv: list[str]) -> int:
     if not config.runs:
         raise UsageError("which run? python launch/status.py RUN")
     runs = [Path(r) for r in config.runs]
+    if config.json and config.watch:
+        raise UsageError("--json or --watch, not both")
     for run in runs:
-        print("\n".join(describe(run)))
+        print(json.dumps(to_dict(run), ensure_ascii=False) if config.json else "\n".join(describe(run)))
+        if config.pictures and (run / "plan.json").exists():
+            from launch.contact import contact_sheet
+
+            print(f"  pictures: {contact_sheet(run, read_status(run).newest)}", file=sys.stderr)
     if config.watch:
         from launch.cluster import nudge
         from launch.overview import nudge_sweep
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         run, (_, unit, name) = runs[0], progress_of(runs[0])
         end_waits = Every(5.0, lambda: nudge(run, name) if name else nudge_sweep(run))
         watch(lambda: progress_of(run)[0], end_waits, unit, until_idle=False)
-    return 0 if all(progress_of(r)[0].complete for r in runs) else 3
+    return 0 if all(_complete(r) for r in runs) else 3
 
 
 if __name__ == "__main__":

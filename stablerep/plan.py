@@ -74,7 +74,7 @@ def freeze(config: TrainConfig, run: Path, ranks: int, report: Callable[[str], N
 
 
 def freeze_config(config: TrainConfig, run: Path) -> None:
-    """Write only the config of a run whose data is still to be made: the job calls `freeze` when it starts. Raises UsageError."""
+    """Write only the config of a run whose data is still to be made; the job calls `freeze` at its start. Raises UsageError."""
     check_run(config, run)
     write_atomic(run / "config.yaml", to_yaml(config))
 

@@ -115,7 +115,9 @@ def test_shard_that_fails_thrice_is_set_aside(captions, tmp_path, reference, mon
     assert work(run, device="cpu", stop=StopFlag(), name="test") == "incomplete"
     assert len(shard_bytes(run)) == 3 and not (run / "dataset.json").exists()
     assert "failed 3 times: RuntimeError: no astronauts" in command("launch/status.py", run).stdout
-    assert generate(captions, run).returncode == 0, "a new launch gives it new attempts"
+    again = generate(captions, run)
+    assert again.returncode == 3 and "1 shards are set aside" in again.stderr and "--retry-failed" in again.stderr
+    assert generate(captions, run, "--retry-failed").returncode == 0
     assert shard_bytes(run) == shard_bytes(reference)
 
 

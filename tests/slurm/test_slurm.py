@@ -82,6 +82,22 @@ def test_cancelled_job_stays_cancelled(lab, tmp_path):
     assert not list((run / "leases").glob("*.lease")) and not (run / "dataset.json").exists()
 
 
+def test_capped_array_is_stopped_and_nothing_comes_back(lab, tmp_path):
+    run = tmp_path / "run"
+    words = [REPO / "assets" / "captions.txt", run, "--limit", "60", "--steps", "40", "--nodes", "6", "--max-running", "2"]
+    assert generate(lab, *words).returncode == 0
+
+    def queue(*states):
+        return lab.call("squeue", "-h", "-r", "-o", "%i", *states).stdout.split()
+
+    lab.until(lambda: sum(e["event"] == "loaded" for e in read_events(run)) == 2, 120, "two workers at work")
+    assert len(queue("-t", "RUNNING")) == 2 and len(queue()) == 6
+    done = ours(lab, "launch/generate.py", "--out", run, "--stop", "--wait", "--cluster", "test")
+    assert done.returncode == 0 and not queue(), done.stderr
+    assert [e["outcome"] for e in read_events(run) if e["event"] == "ended"] == ["halted"] * 2
+    assert not any(e["event"] == "requeued" for e in read_events(run)) and not list((run / "leases").iterdir())
+
+
 def test_arrays_are_split_at_max_array_size(lab, captions, tmp_path):
     one = ["--captions-per-shard", "1", "--nodes", "12"]
     done = generate(lab, captions, tmp_path / "run", *one, "--dry-run")

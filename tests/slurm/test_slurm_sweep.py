@@ -10,7 +10,8 @@ from stablerep.runtime.rundir import read_jsonl
 SPEC = {
     "generate": {"captions": ["assets/captions.txt"], "limit": 6, "images_per_caption": 2, "steps": 2, "captions_per_shard": 3},
     "train": {
-        "config": "train/demo.yaml", "steps": 4, "global_batch": 4, "head_hidden": 16, "head_out": 8, "image_size": 16, "nodes": 2,
+        "config": "train/demo.yaml", "steps": 4, "global_batch": 4, "head_hidden": 16, "head_out": 8, "image_size": 16,
+        "nodes": 2,
     },
     "evaluate": [{"protocol": "knn", "dataset": "fashion", "labels": 5, "resamples": 1}],
 }  # fmt: skip
