@@ -134,7 +134,9 @@ class Here:
             raise
 
     def _start_ready(self) -> None:
-        for work in list(self.todo):
+        for work in sorted(
+            self.todo, key=lambda w: w.stages[0].kind != "evaluate"
+        ):  # what is trained is scored first: numbers come early
             bad = [need for need in work.needs if need in self.failed]
             if bad:
                 self.todo.remove(work)

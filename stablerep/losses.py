@@ -128,8 +128,7 @@ def mae_loss(prediction: Tensor, target: Tensor, mask: Tensor, *, per_row: bool 
     """MAE's reconstruction error (arXiv 2111.06377, section 3), a scalar; [B], the error of each row, with `per_row`.
 
     prediction, target: [B, N, P], P values of each of N patches. mask: [B, N], 1 (or True) where the encoder did not see the
-    patch, the same number of them in every row. The mean squared error of a patch, averaged over the masked patches.
+    patch. The mean squared error of a patch, averaged over all masked patches (of a row).
     """
-    error = (prediction.float() - target.float()).square().mean(2)
-    rows = (error * mask).sum(1) / mask.sum(1)
-    return rows if per_row else rows.mean()
+    error = (prediction.float() - target.float()).square().mean(2) * mask
+    return error.sum(1) / mask.sum(1) if per_row else error.sum() / mask.sum()
