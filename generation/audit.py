@@ -1,16 +1,24 @@
 """Verify a generated dataset: python generation/audit.py RUN [--remake 3] [--repair]"""
 
 import hashlib
+import io
+import json
 import random
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError
+from stablerep.runtime.rundir import read_json
+
+if TYPE_CHECKING:
+    from generation.plan import Plan
 
 
 @dataclass
@@ -23,10 +31,12 @@ class AuditConfig:
     repair: bool = key(False, "forget broken shards, so that the same generate command makes them again")
 
 
-def check_shard(run: Path, number: int, texts: list[tuple[str, str]]) -> str | None:
-    """What is wrong with a shard, or None: sidecar, size, hash, members, captions, and that every JPEG decodes."""
+def check_shard(run: Path, plan: "Plan", number: int) -> str | None:
+    """What is wrong with a shard, or None: its hash, that tar and sidecar hold the plan's members in the plan's order and no
+    others, counts, captions, that a sample's JSON names it, and that every JPEG decodes whole."""
     import simplejpeg
 
+    from generation.captions import read_captions
     from stablerep.data.shards import read_sidecar, shard_name
 
     sidecar = read_sidecar(run / "shards", number)
@@ -35,16 +45,50 @@ def check_shard(run: Path, number: int, texts: list[tuple[str, str]]) -> str | N
     data = (run / "shards" / f"{shard_name(number)}.tar").read_bytes()
     if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
         return "the tar's SHA-256 is not the sidecar's"
-    members = {name: data[offset : offset + size] for name, offset, size in sidecar["members"]}
+    texts = read_captions(run / "captions.parquet", *plan.rows(number))
+    endings = [*(f"{j}.jpg" for j in range(plan.images_per_caption)), "txt", "json"]
+    wanted = [f"{id}.{ending}" for id, _ in texts for ending in endings]
+    differ = {*wanted} ^ {name for name, _, _ in sidecar["members"]}
+    if differ:
+        return f"{min(differ)} is {'missing' if min(differ) in wanted else 'not in the plan'} ({len(differ)} such members)"
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [(m.name, m.offset_data, m.size) for m in tar]
+    if [name for name, _, _ in members] != wanted or [list(m) for m in members] != sidecar["members"]:
+        return "the sidecar does not say where the tar's members lie, or their order is not the plan's"
+    if (sidecar["samples"], sidecar["images"]) != (len(texts), len(texts) * plan.images_per_caption):
+        return f"the sidecar counts {sidecar['samples']} captions and {sidecar['images']} images"
+    content = {name: data[offset : offset + size] for name, offset, size in members}
     for id, text in texts:
-        if members.get(f"{id}.txt") != text.encode():
-            return f"caption {id} is missing or differs"
-    for name, content in members.items():
-        if name.endswith(".jpg"):
-            try:
-                simplejpeg.decode_jpeg(content)
-            except ValueError as error:
-                return f"{name} does not decode: {error}"
+        if content[f"{id}.txt"] != text.encode():
+            return f"caption {id} differs"
+        if json.loads(content[f"{id}.json"])["id"] != id:
+            return f"{id}.json names another caption"
+    for name in (n for n in wanted if n.endswith(".jpg")):
+        try:
+            simplejpeg.decode_jpeg(content[name])
+        except ValueError as error:
+            return f"{name} does not decode: {error}"
+    return None
+
+
+def check_run(run: Path, plan: "Plan") -> str | None:
+    """What is wrong with the frozen captions, or with dataset.json where there is one; None where nothing is."""
+    from stablerep.data.shards import read_sidecar
+
+    with open(run / "captions.parquet", "rb") as file:
+        hash = hashlib.file_digest(file, "sha256").hexdigest()
+    if hash != plan.captions_sha256:
+        return "captions.parquet is not the one that was planned"
+    if not (run / "dataset.json").exists():
+        return None
+    dataset = read_json(run / "dataset.json")
+    counts = (dataset["captions"], dataset["images"], dataset["plan_hash"], len(dataset["shardlist"]))
+    if counts != (plan.captions, plan.images, plan.hash, plan.shards):
+        return "dataset.json is of another plan"
+    for number, shard in enumerate(dataset["shardlist"]):
+        sidecar = read_sidecar(run / "shards", number)
+        if sidecar is not None and sidecar["sha256"] != shard["sha256"]:
+            return f"dataset.json has another SHA-256 for {shard['url']}"
     return None
 
 
@@ -67,7 +111,6 @@ def main(argv: list[str]) -> int:
     config = parse(AuditConfig, argv, prog="audit.py", about="Verify generated datasets.", positional="runs")
     if not config.runs:
         raise UsageError("which run? python generation/audit.py RUN")
-    from generation.captions import read_captions
     from generation.plan import load_plan
     from stablerep.data.shards import shard_name
 
@@ -76,12 +119,15 @@ def main(argv: list[str]) -> int:
         run = Path(name)
         plan = load_plan(run)
         broken = []
+        unsound = check_run(run, plan)
+        if unsound:
+            print(f"{run}: {unsound}")
         for number in range(plan.shards):
-            problem = check_shard(run, number, read_captions(run / "captions.parquet", *plan.rows(number)))
+            problem = check_shard(run, plan, number)
             if problem:
                 broken.append(number)
                 print(f"{run}: shard {shard_name(number)}: {problem}")
-        if broken and config.repair:
+        if (broken or unsound) and config.repair:
             (run / "dataset.json").unlink(missing_ok=True)
             for number in broken:
                 (run / "shards" / f"{shard_name(number)}.json").unlink(missing_ok=True)
@@ -90,8 +136,8 @@ def main(argv: list[str]) -> int:
         differing = differing_captions(run, config.remake, config.device) if config.remake and complete else []
         for id in differing:
             print(f"{run}: caption {id}: remade images differ")
-        wrong += len(broken) + len(differing)
-        if not broken and not differing:
+        wrong += len(broken) + len(differing) + bool(unsound)
+        if not broken and not differing and not unsound:
             state = "complete" if complete else "no dataset.json yet"
             print(f"{run}: {plan.shards} shards, {plan.images} images, all sound ({state})")
     return 1 if wrong else 0

@@ -1,5 +1,12 @@
-"""Failed attempts at shards, in RUN/failures. With `attempts` of them a shard is set aside, until they are forgotten."""
+"""Failed attempts at shards, in RUN/failures: the kind, the node, why.
 
+A node gives a shard up that failed there `attempts` times, or on `attempts` different nodes. So one bad node withholds nothing
+from the others, and where there is one node its attempts count. What is given up and nobody at work will take is set aside,
+until the failures are forgotten.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +24,19 @@ def record(run: Path, shard: int, **fields: Any) -> None:
     append_jsonl(_file(run, shard), fields)
 
 
-def set_aside(run: Path, attempts: int) -> dict[int, list[dict[str, Any]]]:
-    """The failures of every shard that was given up: not committed, and failed `attempts` times or more."""
+def given_up(records: list[dict[str, Any]], attempts: int, node: str | None = None) -> bool:
+    """Whether `node` will not try a shard with these failures again; without a node: whether any will not."""
+    times = Counter(r.get("node") for r in records)
+    here = max(times.values(), default=0) if node is None else times[node]
+    return here >= attempts or len(times) >= attempts
+
+
+def set_aside(run: Path, attempts: int, at_work: Iterable[str] = ()) -> dict[int, list[dict[str, Any]]]:
+    """The failures of every shard, not committed, that a node gave up, and with it all nodes that are `at_work`."""
+    nodes = [None, *set(at_work)]
     numbers = sorted(int(path.stem) for path in (run / "failures").glob("*.jsonl"))
-    absent = [k for k in numbers if not (run / "shards" / f"{shard_name(k)}.json").exists()]
-    return {k: records for k in absent if len(records := failures(run, k)) >= attempts}
+    absent = {k: failures(run, k) for k in numbers if not (run / "shards" / f"{shard_name(k)}.json").exists()}
+    return {k: records for k, records in absent.items() if all(given_up(records, attempts, node) for node in nodes)}
 
 
 def forget(run: Path) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from generation.captions import CaptionCounts, expand, prepare
 from generation.settings import GenerateConfig, fingerprint, image_bytes, model_name
@@ -31,6 +33,7 @@ class Plan:
     dropped: dict[str, int]
     megabytes: float
     sources_sha256: str  # of the caption files as they were
+    estimate: dict[str, Any] | None = None  # what the launch that planned it expected: fields of generation.cost.Estimate
 
     def rows(self, shard: int) -> tuple[int, int]:
         """First caption and number of captions of a shard."""
@@ -45,10 +48,12 @@ def plan_hash(config: GenerateConfig, captions_sha256: str) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(config: GenerateConfig, write: bool) -> tuple[Plan, CaptionCounts]:
+def make_plan(
+    config: GenerateConfig, write: bool, cost: Callable[[Plan], dict[str, Any]] | None = None
+) -> tuple[Plan, CaptionCounts]:
     """Read the captions and make the plan; with `write`, freeze both (and the config) in the run folder.
 
-    Raises UsageError, having written nothing.
+    `cost` gives the plan's estimate. Raises UsageError, having written nothing.
     """
     if not config.captions:
         raise UsageError("--captions FILE is missing: a list of captions (txt, csv, tsv, jsonl, parquet)")
@@ -71,6 +76,7 @@ def make_plan(config: GenerateConfig, write: bool) -> tuple[Plan, CaptionCounts]
             megabytes=round(images * image_bytes(config) / 1e6, 1),
             sources_sha256=_files_hash(files),
         )
+        plan.estimate = cost(plan) if cost else None
         if write:
             run.mkdir(parents=True, exist_ok=True)
             with open(target, "rb") as source, open(run / ".captions.tmp", "wb") as copy:

@@ -24,6 +24,16 @@ class RemakeConfig:
     device: str = key("cpu", "bytes are equal only on the hardware that made them")
 
 
+def check_device(name: str) -> None:
+    """Raise UsageError where this machine has no such device."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
+
+
 def stored_images(run: Path, plan: "Plan", row: int) -> list[bytes]:
     """JPEGs of the caption in this row of captions.parquet, as its shard holds them. Raises UsageError where it is not made."""
     from generation.captions import read_captions
@@ -75,6 +85,7 @@ def main(argv: list[str]) -> int:
     if number >= plan.images_per_caption:
         raise UsageError(f"{run} has {plan.images_per_caption} images a caption: there is no number {number}")
     stored = stored_images(run, plan, row)[number]
+    check_device(config.device)
     from generation.pipeline import load
 
     made = remake(load(run, config.device), read_captions(run / "captions.parquet", row, 1))[0][number]

@@ -34,7 +34,7 @@ class GenerateConfig:
     limit: int | None = key(None, "only the first N captions by id: an unbiased subset")
     captions_per_shard: int = key(64, "captions a shard: one or two minutes of one GPU")
     lease_timeout_s: float = key(120.0, "a worker silent for this long loses its shard to another")
-    attempts: int = key(3, "a shard that fails this often is set aside with its reason")
+    attempts: int = key(3, "a node gives a shard up that failed this often there, or on so many nodes")
 
 
 def check(config: GenerateConfig) -> None:
@@ -62,8 +62,7 @@ def check(config: GenerateConfig) -> None:
 def resolve(config: GenerateConfig, gpus: int) -> GenerateConfig:
     """Replace what depends on this machine by what the run will use: model folder, dtype. Downloads a hub model once."""
     check(config)
-    if config.dtype == "auto":
-        config.dtype = "fp16" if gpus else "fp32"
+    config.dtype = own_dtype(config.dtype, gpus)
     path = TINY if config.model == "tiny" else Path(config.model).expanduser()
     if (path / "model_index.json").exists():
         config.model = str(path.resolve())
@@ -90,6 +89,27 @@ def resolve(config: GenerateConfig, gpus: int) -> GenerateConfig:
     return config
 
 
+def own_dtype(dtype: str, gpus: int) -> str:
+    """What `auto` stands for."""
+    return dtype if dtype != "auto" else "fp16" if gpus else "fp32"
+
+
+def model_here(model: str, revision: str | None = None) -> str | None:
+    """The folder of a model that is on this machine; None where a hub id was not fetched. Raises UsageError."""
+    path = TINY if model == "tiny" else Path(model).expanduser()
+    if path.exists() or model.count("/") != 1:
+        if not (path / "model_index.json").exists():
+            raise UsageError(f"--model {model} is neither a diffusers folder (with model_index.json) nor a hub id")
+        return str(path.resolve())
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def fingerprint(folder: Path) -> str:
     """Hash of the names and sizes of a model folder's weights and of the text of its configs."""
     digest = hashlib.sha256()
@@ -108,12 +128,14 @@ def public_settings(config: GenerateConfig) -> dict[str, Any]:
 
 def image_bytes(config: GenerateConfig) -> float:
     """Rough size of a stored JPEG: 1.2 bits a pixel at quality 95 of photographs, and 2.2 kB of tar and tables."""
-    size = config.image_size or config.resolution or _native_size(Path(config.model))
+    size = config.image_size or generated_size(config)
     return 2200 + 0.15 * 1.6 * size * size
 
 
-def _native_size(model: Path) -> int:
-    return int(read_json(model / "unet" / "config.json")["sample_size"]) * _scale(model)
+def generated_size(config: GenerateConfig) -> int:
+    """Pixels of a generated image, each way; of a model that is a folder, or with `resolution`."""
+    model = Path(config.model)
+    return config.resolution or int(read_json(model / "unet" / "config.json")["sample_size"]) * _scale(model)
 
 
 def _scale(model: Path) -> int:

@@ -1,6 +1,5 @@
 """The worker: claim a shard, generate, commit, next. Any number of them, anywhere on the shared file system."""
 
-import errno
 import os
 import time
 import traceback
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from generation.captions import read_captions
-from generation.failures import failures, record
+from generation.failures import failures, given_up, record
 from generation.lease import Leases
 from generation.plan import Plan, load_plan, write_dataset
+from generation.quality import measure
 from generation.settings import GenerateConfig, public_settings
+from generation.triage import NAN_STORM, Kind, WorkerEnds, kind_of, smaller_batch, wait_s
 from stablerep.data.shards import Sample, read_sidecar, write_shard
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
@@ -26,40 +27,67 @@ STOP = "STOP"  # while this file lies in the run folder, workers end between two
 
 def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None = None) -> str:
     """Generate until nothing is left: `done`, `stopped` (a signal came: come back), `halted` (the file STOP: do not) or
-    `incomplete` (shards were set aside). `node` is this machine as the scheduler calls it.
+    `incomplete` (this node gave shards up). `node` is this machine as the scheduler calls it.
 
-    Raises WorkError on what another attempt elsewhere will not cure (a full disk), UsageError on a broken run.
+    Raises WorkerEnds on what another shard will not cure (see `triage`), WorkError and UsageError on a broken run.
     """
     config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
-    events = Events(run, name)
+    events, node = Events(run, name), node or os.uname().nodename
     try:
-        events.write("started", device=device, node=node or os.uname().nodename)
+        events.write("started", device=device, node=node)
         leases = Leases(run / "leases", name, config.lease_timeout_s)
         try:
-            outcome = _Worker(run, config, plan, device, stop, events, leases).loop()
+            outcome = _Worker(run, config, plan, device, node, stop, events, leases).loop()
         finally:
             leases.close()
         events.write("ended", outcome=outcome, signal=stop.requested)
     except (UsageError, WorkError, OSError) as error:
         if isinstance(error, OSError):
-            error = WorkError(f"cannot write to {run}: {error.strerror}; mend it and give the same command again")
+            why = f"cannot read or write {run} from {node}: {error.strerror or error}; mend it and give the same command again"
+            error = WorkerEnds(Kind.IO, why)
         with suppress(OSError):  # the disk may be full
-            events.write("failed", why=str(error))
+            fault = {"fault": error.kind} if isinstance(error, WorkerEnds) else {}
+            events.write("failed", why=str(error), node=node, **fault)
         raise error from None
     return outcome
 
 
 class _Worker:
     def __init__(
-        self, run: Path, config: GenerateConfig, plan: Plan, device: str, stop: StopFlag, events: Events, leases: Leases
+        self,
+        run: Path,
+        config: GenerateConfig,
+        plan: Plan,
+        device: str,
+        node: str,
+        stop: StopFlag,
+        events: Events,
+        leases: Leases,
     ) -> None:
-        self.run, self.config, self.plan, self.device = run, config, plan, device
+        self.run, self.config, self.plan, self.device, self.node = run, config, plan, device, node
         self.stop, self.events, self.leases = stop, events, leases
         self.model: Any = None
+        self.waited = 0  # times in a row that an I/O error made us wait
         # Each worker starts at its own place, so that they seldom meet.
         self.order = [(zlib.crc32(events.name.encode()) + k) % plan.shards for k in range(plan.shards)]
 
     def loop(self) -> str:
+        """Visit shards until there is a way to end. I/O errors are waited out: a file server comes back, space is made."""
+        while True:
+            try:
+                return self.visit_all()
+            except OSError as error:
+                seconds = wait_s(error, self.waited)
+                if seconds is None:
+                    raise
+                self.waited += 1
+                with suppress(OSError):
+                    self.events.write("waiting", fault=Kind.IO, node=self.node, why=str(error), seconds=seconds)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and not self.stop.requested:
+                    time.sleep(min(POLL_S, seconds))
+
+    def visit_all(self) -> str:
         left = self.order
         while True:
             busy = False
@@ -86,10 +114,10 @@ class _Worker:
         return "stopped" if self.stop.requested else None
 
     def settled(self, shard: int) -> bool:
-        """Whether nobody needs to look at the shard again: committed or set aside."""
+        """Whether this worker needs not look at the shard again: committed, or given up by this node."""
         if read_sidecar(self.run / "shards", shard) is not None:
             return True
-        return len(failures(self.run, shard)) >= self.config.attempts
+        return given_up(failures(self.run, shard), self.config.attempts, self.node)
 
     def visit(self, shard: int) -> bool:
         """Make the shard if it is free; whether we did something."""
@@ -105,12 +133,8 @@ class _Worker:
             self.make(shard)
         except (UsageError, WorkError):
             raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise  # no fault of the shard, and another attempt does not cure it
-            self.fail(shard, error)
         except Exception as error:
-            self.fail(shard, error)
+            self.fail(shard, kind_of(error), error)
         finally:
             self.leases.release()
         return True
@@ -123,7 +147,10 @@ class _Worker:
 
             try:
                 self.model = TextToImage(self.config, self.device)
-            except Exception as error:  # no fault of the shard: every other one would fail in the same way
+            except Exception as error:
+                if kind_of(error) is not Kind.SHARD:
+                    raise
+                # No fault of the shard: every other one would fail in the same way.
                 raise WorkError(f"cannot load {self.config.model} on {self.device}: {error}") from error
             self.events.write("loaded", attention=self.model.attention, seconds=round(time.time() - start, 2))
             start = time.time()
@@ -137,20 +164,34 @@ class _Worker:
             return
         settings = public_settings(self.config)
         samples = [Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)]
+        retried = self.model.retried - retried
         extra = {
             "made_by": self.events.name,
             "attention": self.model.attention,
-            "retried_fp32": self.model.retried - retried,
+            "retried_fp32": retried,
+            "quality": measure(images, retried),
             "seconds": round(time.time() - start, 3),
         }
         sidecar = write_shard(self.run / "shards", shard, samples, extra)
-        self.events.write("committed", shard=shard, images=sidecar["images"], seconds=extra["seconds"])
+        self.waited = 0
+        count = sidecar["images"]
+        self.events.write("committed", shard=shard, images=count, seconds=extra["seconds"], quality=extra["quality"])
+        if retried > NAN_STORM * count:
+            why = f"{retried} of {count} images were not finite in {self.config.dtype}"
+            self.events.write("nan storm", fault=Kind.NAN, shard=shard, node=self.node, why=why)
 
-    def fail(self, shard: int, error: Exception) -> None:
-        """Record a failed attempt; the last one sets the shard aside."""
-        why = f"{type(error).__name__}: {error}"
-        attempts = len(failures(self.run, shard)) + 1
-        record(self.run, shard, why=why, worker=self.events.name, trace=traceback.format_exc())
-        self.events.write("failed", shard=shard, why=why, attempt=attempts)
-        if attempts >= self.config.attempts:
-            self.events.write("set aside", shard=shard, why=why)
+    def fail(self, shard: int, kind: Kind, error: Exception) -> None:
+        """Do what `triage` says of this kind of error: raise what ends or halts this worker, or record a failed attempt."""
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if kind is Kind.IO:
+            raise error
+        if kind is Kind.OOM:
+            hint = smaller_batch(self.config.batch_size)
+            raise WorkerEnds(kind, f"out of memory on {self.device} of {self.node} ({why}): {hint}") from error
+        record(self.run, shard, fault=kind, node=self.node, why=why, worker=self.events.name, trace=traceback.format_exc())
+        if kind is Kind.GPU:
+            raise WorkerEnds(kind, f"{self.device} of {self.node} does not work any more ({why})") from error
+        records = failures(self.run, shard)
+        self.events.write("failed", fault=kind, shard=shard, node=self.node, why=why, attempt=len(records))
+        if given_up(records, self.config.attempts, self.node):
+            self.events.write("given up", shard=shard, node=self.node, why=why)

@@ -39,10 +39,11 @@ def main(argv: list[str]) -> int:
     config = parse(DoctorConfig, argv, prog="doctor.py", about=ABOUT)
     if config.nodes < 1:
         raise UsageError("--nodes must be at least 1")
+    from generation.settings import model_here
     from launch.cluster import load_cluster
 
     cluster = load_cluster(config.cluster, config.gpus_per_node)
-    model = _model_folder(config.model)
+    model = None if config.model is None else model_here(config.model)
     if config.out is not None and Path(config.out).exists() and any(Path(config.out).iterdir()):
         raise UsageError(f"--out {config.out} is not empty")
     out = Path(config.out or tempfile.mkdtemp(prefix="doctor-", dir=".")).resolve()
@@ -119,26 +120,6 @@ def _ask_slurm(cluster: "ClusterConfig", out: Path, shape: "Shape") -> "Iterator
         yield judge_test_only(what, said.returncode, said.stderr)
     said = client("sacct", "-n", "-X")
     yield judge_accounting(said.returncode, said.stderr)
-
-
-def _model_folder(model: str | None) -> str | None:
-    """The folder of a model that is here; None where a hub id was not fetched. Raises UsageError."""
-    if model is None:
-        return None
-    from generation.settings import TINY
-
-    path = TINY if model == "tiny" else Path(model).expanduser()
-    if path.exists() or model.count("/") != 1:
-        if not (path / "model_index.json").exists():
-            raise UsageError(f"--model {model} is neither a diffusers folder (with model_index.json) nor a hub id")
-        return str(path.resolve())
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(model, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

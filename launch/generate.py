@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from generation.cost import CALIBRATION
 from generation.settings import GenerateConfig
 from launch.options import LaunchConfig
 from stablerep.runtime.config import key, parse, part, run_command
 from stablerep.runtime.errors import UsageError, WorkError
 
 if TYPE_CHECKING:
+    from generation.cost import Estimate
     from generation.plan import Plan
 
 ABOUT = "Plan the shards, submit the generation array, resume where RUN exists."
@@ -28,6 +30,10 @@ class GenerateCommand(LaunchConfig, GenerateConfig):
 
     max_running: int | None = key(None, "of the submitted jobs, run at most so many at once")
     stop: bool = key(False, "instead: workers finish their batch, give their shards back and end; waiting jobs are cancelled")
+    calibrate: bool = key(
+        False, "instead: measure images/s of these settings on one device, in two minutes, for later estimates"
+    )
+    calibration: str = key(CALIBRATION, "the file of measured speeds that estimates use and --calibrate adds to")
     retry_failed: bool = key(
         False, "give the shards that were set aside new attempts; without such a shard nothing is launched"
     )
@@ -42,9 +48,12 @@ def main(argv: list[str]) -> int:
         raise UsageError("--max-running must be at least 1")
     if command.stop:
         return _stop(command)
-    from generation.plan import check_folder, check_resume, load_plan, make_plan, renew
+    if command.calibrate:
+        return _calibrate(command)
+    from generation.plan import check_folder, check_resume, finished_shards, load_plan, make_plan, renew
     from generation.settings import resolve
     from launch.cluster import Shape, load_cluster, render_scripts, still_active, submit
+    from launch.estimate import estimate_lines, estimate_on, plan_entry
     from launch.job import GenerateTask
 
     cluster = load_cluster(command.cluster, command.gpus_per_node)
@@ -52,25 +61,35 @@ def main(argv: list[str]) -> int:
     config = resolve(part(GenerateConfig, command), gpus)
     run = Path(config.out).resolve()
     fresh = not run.exists()
+    tasks_per_node = max(1, gpus)
+
+    def jobs_for(shards: int) -> int:
+        wanted = min(command.nodes, -(-shards // tasks_per_node))
+        return min(wanted, command.max_running or wanted) if cluster.kind == "local" else wanted  # nothing waits here
+
+    def cost_of(captions: int) -> "Estimate":
+        jobs = jobs_for(-(-captions // config.captions_per_shard))
+        return estimate_on(cluster, config, captions, min(jobs, command.max_running or jobs), command.calibration)
+
     if (run / "plan.json").exists():
         check_resume(config)
         plan = load_plan(run)
         print(f"{run}: resuming, {plan.captions} captions, {plan.images} images, {plan.shards} shards")
     else:
         check_folder(run)
-        plan, counts = make_plan(config, write=not command.dry_run)
+        plan, counts = make_plan(config, not command.dry_run, lambda made: plan_entry(cost_of(made.captions)))
         print(f"captions: {counts.lines} lines, {counts.empty} empty and {counts.duplicates} duplicates dropped, "
               f"{counts.kept} kept")  # fmt: skip
-        print(f"plan: {plan.images} images in {plan.shards} shards, about {plan.megabytes:.0f} MB, {config.dtype}")
+        print(f"plan: {plan.captions} captions, {plan.images} images in {plan.shards} shards, "
+              f"about {plan.megabytes / 1e3:,.3f} GB on disk, {config.dtype}")  # fmt: skip
     if (run / "dataset.json").exists():
         print(f"{run}: complete, nothing to do")
         return 0
 
-    tasks_per_node = max(1, gpus)
+    left = max(0, plan.captions - finished_shards(run, plan) * plan.captions_per_shard)
+    print("\n".join(estimate_lines(cost_of(left), gpus > 0)))
     shape = Shape(JOB, tasks_per_node=tasks_per_node, gpus_per_node=gpus, at_most=command.max_running)
-    wanted = min(command.nodes, -(-plan.shards // tasks_per_node))
-    if cluster.kind == "local":  # nothing waits here
-        wanted = min(wanted, command.max_running or wanted)
+    wanted = jobs_for(plan.shards)
     if command.dry_run:
         scripts = render_scripts(cluster, run, shape, wanted)
         for script in scripts:
@@ -110,7 +129,7 @@ def _make_way(run: Path, plan: "Plan", retry_failed: bool, attempts: int, active
         (run / STOP).unlink()
     aside = len(set_aside(run, attempts))
     if not retry_failed:
-        if aside and finished_shards(run, plan) + aside == plan.shards:
+        if aside and not active and finished_shards(run, plan) + aside == plan.shards:
             print(f"error: {_aside(aside)}, and no other is left to make", file=sys.stderr)
             return 3
         return None
@@ -122,6 +141,21 @@ def _make_way(run: Path, plan: "Plan", retry_failed: bool, attempts: int, active
     print(f"{aside} shards that were set aside get new attempts")
     forget(run)
     return None
+
+
+def _calibrate(command: GenerateCommand) -> int:
+    """Measure on one device and remember it."""
+    from generation.settings import resolve
+    from launch.calibrate import calibrate
+    from launch.cluster import load_cluster
+
+    cluster = load_cluster(command.cluster, command.gpus_per_node)
+    command.out = command.out or "nowhere"  # nothing is generated
+    config = resolve(part(GenerateConfig, command), cluster.gpus_per_node)
+    path = Path(command.calibration).expanduser()
+    print(calibrate(config, cluster, path))
+    print(f"remembered in {path}")
+    return 0
 
 
 def _stop(command: GenerateCommand) -> int:
@@ -149,7 +183,8 @@ def _wait(run: Path, attempts: int, started: float) -> int:
     from generation.failures import set_aside
     from generation.worker import STOP
     from launch.cluster import watch_jobs
-    from launch.generation_status import generation_progress
+    from launch.estimate import compare_lines
+    from launch.generation_status import generation_progress, read_status
     from launch.progress import Every, watch
     from stablerep.runtime.events import read_events
 
@@ -159,16 +194,18 @@ def _wait(run: Path, attempts: int, started: float) -> int:
         print(f"\ndetached; the work goes on. See: python launch/status.py {run}")
         return 3
     if complete:
-        print(f"{run}: complete")
+        print("\n".join([f"{run}: complete", *(f"  {line}" for line in compare_lines(run, read_status(run)))]))
         return 0
+    aside = set_aside(run, attempts)
     failed = [e for e in read_events(run) if e["event"] == "failed" and e["time"] >= started]
-    for why in sorted({f"shard {e['shard']}: {e['why']}" if "shard" in e else e["why"] for e in failed}):
+    said = {f"shard {e['shard']:06d}: {e['why']}" if "shard" in e else e["why"] for e in failed}
+    said |= {f"shard {k:06d}: {records[-1]['why']}" for k, records in aside.items()}
+    for why in sorted(said):
         print(why, file=sys.stderr)
     if (run / STOP).exists():
         print(f"{run}: stopped; the same command goes on")
         return 3
-    aside = len(set_aside(run, attempts))
-    then = _aside(aside) if aside else "the same command resumes"
+    then = _aside(len(aside)) if aside else "the same command resumes"
     print(f"error: {run} is incomplete and no job is left; see {run}/logs; {then}", file=sys.stderr)
     return 3
 

@@ -2,11 +2,13 @@
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.estimate import compare_lines
+from launch.generation_health import describe_health, nodes_of, quality_summary
 from launch.progress import Progress, duration
 from stablerep.runtime.rundir import read_json, read_jsonl
 
@@ -14,6 +16,7 @@ WINDOW_S = 300.0  # "now"
 ROWS = 16
 PLAIN_CLAIM = '"how": "claimed"'  # half of all events, and a claim that matters still has its lease
 Spans = list[tuple[float, float]]
+Faults = dict[str, Counter[str]]
 
 
 @dataclass
@@ -51,9 +54,12 @@ class GenerationStatus:
     rate: float  # images/s of the run in the last WINDOW_S in which a worker lived
     mean_rate: float  # over all the time in which a worker lived
     eta_s: float | None
+    paid_s: float  # workers' time, from the start to the last sign of life of each
     goodput: float | None  # share of the workers' time that went into shards that were committed first
     workers: list[Worker] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # requeued, failed, taken over
+    faults: Faults = field(default_factory=dict)  # kind (generation/triage.py) -> node -> how often
+    quality: dict[int, dict[str, Any]] = field(default_factory=dict)  # shard -> its numbers (generation/quality.py)
     newest: list[int] = field(default_factory=list)  # shards committed last, the last one first
 
     @property
@@ -71,9 +77,12 @@ class GenerationStatus:
         """For `--json`."""
         plain = asdict(self)
         del plain["newest"]
+        plain["quality"] = quality_summary(self.quality)
         for row, worker in zip(plain["workers"], self.workers, strict=True):
             row["rate"] = worker.rate
-        plain["aside"] = [{"shard": k, "attempts": len(r), "why": r[-1]["why"]} for k, r in self.aside.items()]
+        plain["aside"] = [
+            {"shard": k, "attempts": len(r), "nodes": nodes_of(r), "why": r[-1]["why"]} for k, r in self.aside.items()
+        ]
         return {"kind": "generation", **plain, "stragglers": [w.name for w in self.stragglers]}
 
 
@@ -98,9 +107,9 @@ def read_status(run: Path) -> GenerationStatus:
     now, plan, config = time.time(), load_plan(run), from_yaml(GenerateConfig, run / "config.yaml")
     progress = generation_progress(run)
     committed = int(progress.detail.split("/")[0])
-    aside = set_aside(run, config.attempts)
-    workers, commits, counts = _read_events(run)
+    workers, commits, counts, faults = _read_events(run)
     leased = _signs_of_life(run, workers, now, config.lease_timeout_s)
+    aside = set_aside(run, config.attempts, [w.node for w in workers.values() if w.state == "alive"])
     first: dict[int, dict[str, Any]] = {}
     for event in sorted(commits, key=lambda e: float(e["time"])):
         first.setdefault(event["shard"], event)
@@ -122,9 +131,12 @@ def read_status(run: Path) -> GenerationStatus:
         rate=rate,
         mean_rate=sum(e["images"] for e in first.values()) / total_s if total_s else 0.0,
         eta_s=(progress.total - progress.done - lost) / rate if rate and not progress.complete else None,
+        paid_s=paid,
         goodput=sum(e["seconds"] for e in first.values()) / paid if paid else None,
         workers=sorted(workers.values(), key=lambda w: (w.state != "alive", w.name)),
         counts=counts,
+        faults=faults,
+        quality={k: e["quality"] for k, e in first.items() if "quality" in e},
         newest=sorted(first, key=lambda k: -float(first[k]["time"])),
     )
 
@@ -143,6 +155,7 @@ def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
         eta = f", ETA {duration(state.eta_s)}" if state.eta_s is not None else ""
         goodput = f"; goodput {100 * state.goodput:.1f} % of worker time" if state.goodput is not None else ""
         lines.append(f"{speed}{state.mean_rate:.2f} images/s mean{eta}{goodput}")
+    lines += compare_lines(run, state) if state.complete else []
     if state.alive and not state.complete:
         width = max(len(w.name) for w in state.alive[:ROWS])
         lines.append(f"{'worker':<{width}}  {'node':<12} {'holds':<6} {'shards':>6} {'images/s':>8}  last sign of life")
@@ -155,19 +168,23 @@ def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
     ends = Counter(w.state for w in state.workers if w.state != "alive")
     lines += [f"workers that ended: {', '.join(f'{n} {how}' for how, n in ends.items())}"] if ends else []
     lines += [f"straggler {w.name} on {w.node}: {w.rate:.2f} images/s, under half of the median" for w in state.stragglers]
-    given_up = [f"shard {k:06d} failed {len(records)} times: {records[-1]['why']}" for k, records in state.aside.items()]
+    given_up = [
+        f"shard {k:06d} failed {len(r)} times: {r[-1]['why']} (on {', '.join(nodes_of(r))})" for k, r in state.aside.items()
+    ]
     lines += given_up[:ROWS]
     lines += [f"... and {len(given_up) - ROWS} more shards set aside: --json"] if len(given_up) > ROWS else []
     lines += ["generate.py --retry-failed tries them again"] if given_up else []
     lines += [", ".join(f"{v} {k}" for k, v in state.counts.items() if v)] if any(state.counts.values()) else []
+    lines += describe_health(state.faults, state.quality)
     return [f"{run}: {headline}, {state.images}/{state.total} images", *(f"  {line}" for line in lines)]
 
 
-def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], dict[str, int]]:
-    """Every worker with its own commits, all commits, and how often what went wrong."""
+def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], dict[str, int], Faults]:
+    """Every worker with its own commits, all commits, how often what went wrong, and faults."""
     workers: dict[str, Worker] = {}
     commits: list[dict[str, Any]] = []
     counts = Counter[str]()
+    faults: Faults = defaultdict(Counter)
     for path in sorted((run / "events").glob("*.jsonl")):
         worker = Worker(path.stem)
         for event in read_jsonl(path, skip=PLAIN_CLAIM):
@@ -183,12 +200,14 @@ def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], di
                 worker.state = event["outcome"]
             elif kind == "failed" and "shard" not in event:
                 worker.state = "failed"
+            if "fault" in event:
+                faults[event["fault"]][event.get("node", "?")] += 1
             counts["requeued"] += kind == "requeued"
             counts["failed"] += kind == "failed"
             counts["taken over"] += event.get("how") == "taken over"
         if worker.started:
             workers[worker.name] = worker
-    return workers, commits, dict(counts)
+    return workers, commits, dict(counts), dict(faults)
 
 
 def _signs_of_life(run: Path, workers: dict[str, Worker], now: float, timeout_s: float) -> int:

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from generation.settings import GenerateConfig
 from launch import slurm
 from launch.lives import Life, read_lives, without_progress
 from stablerep.runtime.config import from_yaml
@@ -36,6 +37,24 @@ def requeue_self(events: Events, signal_name: str | None, exclude: list[str] | N
         raise WorkError(f"cannot requeue {job} ({result.stderr.strip()}); give the same command again")
     if exclude and (refused := slurm.exclude_nodes(job, exclude)):
         events.write("failed", why=f"{job} may get {' '.join(exclude)} again: {refused}")
+
+
+def requeue_elsewhere(run: Path, events: Events, signal_name: str | None, node: str) -> None:
+    """`requeue_self` for a generation job whose GPU broke, kept off this node from now on; nothing outside Slurm.
+
+    Raises WorkError where it has left as many nodes as a shard has attempts: then the GPUs are not what is broken.
+    """
+    job = slurm.own_job()
+    if job is None:
+        return
+    allowed = from_yaml(GenerateConfig, run / "config.yaml").attempts
+    moves = [e for e in read_events(run) if e["event"] == "requeued" and e.get("job") == job]
+    left = {name for e in moves for name in e.get("exclude", [])} - {node}
+    if len(left) >= allowed:
+        why = f"job {job} met a broken GPU on {', '.join(sorted(left | {node}))}: it is not requeued; look at {run}/failures"
+        events.write("not requeued", job=job, why=why)
+        raise WorkError(why)
+    requeue_self(events, signal_name, [node])
 
 
 def check_budget(run: Path, job: str, beginning: str | None = None) -> None:

@@ -7,7 +7,8 @@ import threading
 import pytest
 from helpers import command
 
-from launch import checks, doctor
+from generation.settings import model_here
+from launch import checks
 from launch.cluster import ClusterConfig
 from launch.doctor_probe import RACES, Found, create, fingerprint_of, rename, replace_and_read, versions
 from stablerep.runtime.errors import UsageError
@@ -145,12 +146,12 @@ def test_races_have_one_winner_and_torn_files_are_seen(tmp_path):
 
 
 def test_a_model_is_a_folder_or_a_hub_id_that_was_fetched(tmp_path, monkeypatch):
-    assert doctor._model_folder(None) is None and fingerprint_of(doctor._model_folder("tiny"))
+    assert fingerprint_of(model_here("tiny"))
     assert fingerprint_of(str(tmp_path)) is None
     with pytest.raises(UsageError, match="neither a diffusers folder"):
-        doctor._model_folder(str(tmp_path))
+        model_here(str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert doctor._model_folder("nobody/has-this-one") is None
+    assert model_here("nobody/has-this-one") is None
 
 
 def test_the_doctor_on_this_machine(tmp_path):

@@ -134,7 +134,8 @@ def test_full_disk_is_one_line_and_keeps_everything(captions, tmp_path, referenc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(WorkError, match=r"cannot write to .*No space left"):
+        patch.setattr("generation.triage.IO_WAITS_S", (0.01, 0.01))
+        with pytest.raises(WorkError, match=r"cannot read or write .*No space left"):
             work(run, device="cpu", stop=StopFlag(), name="test")
     assert committed(run) == 1 and not (run / "failures").exists()
     assert not list((run / "leases").iterdir()) and not list(run.rglob("*.tmp"))

@@ -89,8 +89,8 @@ def test_a_stopped_worker_is_not_requeued_and_a_signalled_one_is(captions, tmp_p
 
 
 def give_up(run, shard, why="RuntimeError: no luck"):
-    for _ in range(3):
-        failures.record(run, shard, why=why, worker="w", trace="")
+    for node in ("n1", "n2", "n4"):
+        failures.record(run, shard, fault="shard", node=node, why=why, worker="w", trace="")
 
 
 def test_only_retry_failed_tries_again_what_was_set_aside(captions, tmp_path, submitted, capsys):
@@ -205,7 +205,7 @@ def test_status_says_it_in_words_and_as_json(tmp_path, capsys):
     assert status.main([str(run), "--json"]) == 3
     plain = json.loads(capsys.readouterr().out)
     assert plain["committed"] == 6 and plain["stragglers"] == ["slow"] and plain["workers"][0]["node"] == "n1"
-    assert plain["aside"] == [{"shard": 7, "attempts": 3, "why": "ValueError: a bad caption"}]
+    assert plain["aside"] == [{"shard": 7, "attempts": 3, "nodes": ["n1", "n2", "n4"], "why": "ValueError: a bad caption"}]
     with pytest.raises(UsageError, match="not both"):
         status.main([str(run), "--json", "--watch"])
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from helpers import REPO, SMALL, command, shard_bytes
@@ -122,6 +123,20 @@ def test_what_slurm_refuses_is_one_line(lab, captions, tmp_path, key, words):
 def test_gpu_nodes_run_a_worker_a_gpu(lab, captions, tmp_path):
     done = generate(lab, captions, tmp_path / "run", "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
     assert "--gpus-per-node=2" in done.stdout and "--ntasks-per-node=2" in done.stdout and "fp16" in done.stdout
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="the GPUs of this machine are not broken")
+def test_job_with_a_broken_gpu_leaves_its_node(lab, captions, tmp_path):
+    """The lab's GPUs are names only: torch finds no driver, as on a node that lost its own."""
+    run = tmp_path / "run"
+    assert generate(lab, captions, run, "--nodes", "1", "--gpus-per-node", "1").returncode == 0
+    lab.until(lambda: any("exclude" in e for e in read_events(run)), 120, "the requeue")
+    (failed,) = (e for e in read_events(run) if e["event"] == "failed")
+    (requeued,) = (e for e in read_events(run) if e["event"] == "requeued")
+    assert failed["fault"] == "gpu" and requeued["exclude"] == [failed["node"]]
+    lab.until(lambda: lab.call("squeue", "-h", "-o", "%T").stdout.split() == ["PENDING"], 60, "the job in the queue")
+    shown = lab.call("scontrol", "show", "job", requeued["job"]).stdout
+    assert f"ExcNodeList={failed['node']}\n" in shown and "Restarts=1" in shown, shown
 
 
 def test_with_accounting(captions, reference, tmp_path):
