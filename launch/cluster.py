@@ -34,6 +34,11 @@ class ClusterConfig:
     exclude: str | None = key(None, "nodes never to use")
     minutes: int = key(240, "wall time of one job; work goes on in the next life of a job")
     gpus_per_node: int = key(1, "GPUs a node; 0 for CPU nodes")
+    device: str | None = key(
+        None, "name of its GPUs (nvidia-smi -L), or a word of it such as A100, for estimates; CPU nodes: of the CPU"
+    )
+    price_per_gpu_hour: float | None = key(None, "for estimates")
+    currency: str = key("", "of that price, such as EUR")
     cpus_per_task: int = key(4, "CPUs a task (one task a GPU)")
     mem_gb: float | None = key(None, "memory a node, GB (default: the partition's)")
     signal_lead_s: int = key(120, "seconds before the end of the wall time at which a job is warned")
@@ -132,8 +137,11 @@ def all_active(runs: dict[Path, str]) -> dict[Path, list[str]]:
     everything = [r for found in records.values() for r in found]
     asked = {job.split("_")[0] for r in everything if r["kind"] != "local" for job in r["jobs"]}
     listed = slurm.queued(sorted(asked)) if asked else set()
-    listed |= {job for r in everything if r["kind"] == "local" for job in r["jobs"] if _is_local_job(int(job))}
-    return {run: [job for r in found for job in r["jobs"] if job in listed] for run, found in records.items()}
+
+    def at_work(run: Path, kind: str, job: str) -> bool:
+        return _is_local_job(int(job), run) if kind == "local" else job in listed
+
+    return {run: [job for r in found for job in r["jobs"] if at_work(run, r["kind"], job)] for run, found in records.items()}
 
 
 def nudge(run: Path, name: str) -> None:
@@ -262,9 +270,10 @@ def _sbatch_reason(text: str) -> str:
     return "; ".join(dict.fromkeys(r.strip() for r in reasons)) or text.strip().splitlines()[-1]
 
 
-def _is_local_job(pid: int) -> bool:
+def _is_local_job(pid: int, run: Path) -> bool:
+    """Whether a process works on this run: process ids come again, and a run may be copied."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        return state != "Z" and b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return state != "Z" and str(run.resolve() / "logs").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

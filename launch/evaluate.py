@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,8 +53,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         features = Features(encoder, Path(config.cache or out / "features"), device, config.workers)
         for name in config.dataset:
             data = loaded[name, encoder.size]
-            scratch = out / "finetune" / f"{encoder.weights[:12]}-{data.sha256[:12]}"
-            subject = Subject(encoder, data, features, config, device, scratch, _say, note)
+            subject = Subject(encoder, data, features, config, device, out / "probes", _say, note)
             for protocol in config.protocol:
                 work.append((subject, protocol, out, list(numbers(protocol, subject))))
     return [r for subject, protocol, out, wanted in work for r in _score(subject, protocol, out, wanted)]
@@ -79,9 +79,10 @@ def _score(subject: Any, protocol: str, out: Path, wanted: list[Any]) -> Iterato
             continue
         score = number.compute()
         if dist.rank() == 0:
-            score = dataclasses.replace(score, setting=score.setting | number.setting)
-            record = make_record(encoder, protocol, data, score)
+            record = make_record(encoder, protocol, data, dataclasses.replace(score, setting=number.setting))
             append_jsonl(out / "results.jsonl", record)
+            if number.scratch is not None:
+                shutil.rmtree(number.scratch, ignore_errors=True)
             _say(_line(record))
             yield record
 
@@ -116,6 +117,12 @@ def check(config: EvaluateConfig) -> None:
         raise UsageError("--resamples, --knn.k and --knn.temperature must be positive")
     if config.sgd.epochs < 1 or config.sgd.batch < 2 or not config.sgd.rates or min(config.sgd.rates) <= 0:
         raise UsageError("--sgd.epochs, --sgd.batch and --sgd.rates must be positive")
+    if "fewshot" in config.protocol:
+        from stablerep.eval import fewshot
+
+        few = config.fewshot
+        for shot in few.shot:
+            fewshot.check(few.way, shot, few.queries, few.episodes, few.classifier)
 
 
 def device_of(name: str) -> str:

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NoReturn
 
 from launch import preflight, slurm
 from launch.rendezvous import meet, place
-from launch.requeue import check_budget, requeue_self, requeue_training
+from launch.requeue import check_budget, requeue_elsewhere, requeue_self, requeue_training
 from stablerep.eval.config import EvaluateConfig
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
@@ -38,18 +40,27 @@ class GenerateTask:
     gpus: int
 
     def __call__(self) -> str:
-        """Work until nothing is left, or until told to stop: by a signal it requeues itself, by the file STOP it does not."""
+        """Work until nothing is left, or until told to stop: by a signal it requeues itself, by the file STOP it does not.
+        With a broken GPU it comes back on another node."""
         from submitit import JobEnvironment
 
+        from generation.triage import Kind, WorkerEnds, interruption
         from generation.worker import work
 
         stop = StopFlag().install()  # after submitit's own handlers, which it replaces
         rank = JobEnvironment().local_rank
-        run, name = Path(self.run), process_name(f"generate-{rank}")
+        run, name, node = Path(self.run), process_name(f"generate-{rank}"), slurm.own_node()
+        events = Events(run, name)
         try:
-            outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name, node=slurm.own_node())
+            try:
+                outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name, node=node)
+            except WorkerEnds as error:
+                if error.kind is Kind.GPU:
+                    requeue_elsewhere(run, events, stop.requested, node)
+                raise
             if outcome == "stopped" and rank == 0:
-                requeue_self(Events(run, name), stop.requested)
+                events.write("interrupted", fault=interruption(time.time(), slurm.own_end()), node=node, why=stop.requested)
+                requeue_self(events, stop.requested)
         except (UsageError, WorkError) as error:
             _fail(error)
         return outcome
@@ -143,6 +154,39 @@ class TrainTask:
         os._exit(2 if isinstance(error, UsageError) else 1)
 
 
+def score_together(run: Path, name: str, gpus: int, score: Callable[[], int]) -> str:
+    """One rank of the evaluation `name`, whose events go to `run`: the ranks of a node `score` together, which says how many
+    numbers there are. A rank that fails ends at once: its peers wait for it."""
+    from submitit import JobEnvironment
+
+    where = JobEnvironment()
+    rank, world = where.global_rank, where.num_tasks
+    life = f"{name}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    events = Events(run, process_name(f"evaluate-{rank}"), element=name, rank=rank)
+    try:
+        if world > 1:
+            from stablerep.runtime import dist
+
+            store = meet(run, life, rank, world, one_node=True)
+            dist.start(store, rank, world, local_rank=where.local_rank, gpus=gpus, timeout_s=EVALUATION_S)
+        found = score()
+        if rank == 0:
+            events.write("evaluated", numbers=found)
+        if world > 1:
+            dist.finish()
+            dist.skip_destructors()
+        return "done"
+    except BaseException as error:
+        ours = isinstance(error, UsageError | WorkError)
+        why = str(error) if ours else f"{type(error).__name__}: {error}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        if not ours:
+            traceback.print_exception(error)
+        events.write("failed", why=why)
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, UsageError) else 1)
+
+
 @dataclass
 class EvaluateTask:
     """One rank of an element of an evaluation: `config` names one checkpoint and one data set, `name` the element."""
@@ -153,34 +197,25 @@ class EvaluateTask:
     gpus: int
 
     def __call__(self) -> str:
-        """Score what is not in results.jsonl yet. A rank that fails ends at once: its peers wait for it."""
-        from submitit import JobEnvironment
-
+        """Score what is not in results.jsonl yet."""
         from launch.evaluate import evaluate
 
-        where, run = JobEnvironment(), Path(self.run)
-        rank, world = where.global_rank, where.num_tasks
-        life = f"{self.name}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        events = Events(run, process_name(f"evaluate-{rank}"), element=self.name, rank=rank)
-        try:
-            if world > 1:
-                from stablerep.runtime import dist
+        return score_together(Path(self.run), self.name, self.gpus, lambda: len(evaluate(self.config)))
 
-                store = meet(run, life, rank, world, one_node=True)
-                dist.start(store, rank, world, local_rank=where.local_rank, gpus=self.gpus, timeout_s=EVALUATION_S)
-            found = evaluate(self.config)
-            if rank == 0:
-                events.write("evaluated", numbers=len(found))
-            if world > 1:
-                dist.finish()
-                dist.skip_destructors()
-            return "done"
-        except BaseException as error:
-            ours = isinstance(error, UsageError | WorkError)
-            why = str(error) if ours else f"{type(error).__name__}: {error}"
-            print(f"error: {why}", file=sys.stderr, flush=True)
-            if not ours:
-                traceback.print_exception(error)
-            events.write("failed", why=why)
-            sys.stdout.flush()
-            os._exit(2 if isinstance(error, UsageError) else 1)
+
+@dataclass
+class ScoreTask:
+    """One rank of all evaluations of a training run of a sweep."""
+
+    sweep: str
+    training: str
+    entries: list[str]
+    name: str
+    gpus: int
+
+    def __call__(self) -> str:
+        """Score what has no results yet."""
+        from launch.scores import score_all
+
+        home = Path(self.sweep) / "evaluate" / self.training
+        return score_together(home, self.name, self.gpus, lambda: score_all(Path(self.sweep), self.training, self.entries))

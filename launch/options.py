@@ -11,7 +11,7 @@ class PlaceConfig:
 
     cluster: str = key("auto", "auto (Slurm if sbatch is there, else this machine) | local | NAME in configs/cluster | FILE")
     gpus_per_node: int | None = key(None, "GPUs a node, 0 for CPU (default: what the cluster file says)")
-    dry_run: bool = key(False, "print the plan and the exact sbatch script, submit nothing")
+    dry_run: bool = key(False, "print the plan, its cost where known, and the exact sbatch script; submit nothing")
     wait: bool | None = key(None, "stay and show progress; Ctrl-C detaches and does not kill (default: on this machine)")
 
 

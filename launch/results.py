@@ -1,5 +1,6 @@
 """A line of results.jsonl: a number with all that it can be traced to, down to the caption files."""
 
+import functools
 import hashlib
 import subprocess
 import time
@@ -31,12 +32,13 @@ def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_same(record: dict[str, Any], encoder: Any, protocol: str, data: Any, number: Any) -> bool:
-    """Whether a line holds this Number already: of the same weights, pictures and labels, setting and repetitions."""
+    """Whether a line holds this Number already: of the same weights, pictures and labels, repetitions, and the very same
+    setting (a part of it is not enough: L-BFGS's is a part of SGD's)."""
     return (
         record.get("weights_sha256") == encoder.weights
         and record.get("dataset_sha256") == data.sha256
         and record.get("protocol") == protocol
-        and number.setting.items() <= record.get("setting", {}).items()
+        and record.get("setting") == number.setting
         and len(record.get("values", [])) == number.repetitions
     )
 
@@ -61,6 +63,7 @@ def training_data(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+@functools.cache
 def index_hash(run: Path) -> str:
     """SHA-256 of the frozen index: of the place of every image and caption that the run could read."""
     digest = hashlib.sha256()
@@ -70,6 +73,7 @@ def index_hash(run: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def own_commit() -> str:
     """The commit of the code that runs, with `+` where it was changed: of the frozen copy in a job, else of the checkout."""
     if (REPO / "commit.txt").exists():

@@ -4,14 +4,15 @@ import contextlib
 import importlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch import slurm
 from launch.cluster import ClusterConfig, Shape, all_active, submit
 from launch.grid import Sweep
+from launch.job import ScoreTask
 from launch.progress import Every, Progress, watch
-from launch.scores import ScoreTask
 from launch.stages import Work, command_of, is_done, last_words, record
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.rundir import REPO
@@ -51,9 +52,10 @@ def _submit(name: str, cluster: ClusterConfig, out: Path, work: Work, after: lis
     log.parent.mkdir(parents=True, exist_ok=True)
     if work.job == "evaluate":
         words = command_of(out, work, [])
-        task = ScoreTask(words[1], words[2], words[3:])
-        gpus = min(1, cluster.gpus_per_node)
-        return submit(cluster, run, Shape("evaluate", gpus_per_node=gpus, after=after), [task], not run.exists())
+        gpus = cluster.gpus_per_node
+        task = ScoreTask(words[1], words[2], words[3:], str(int(time.time())), gpus)
+        shape = Shape("evaluate", tasks_per_node=max(1, gpus), gpus_per_node=gpus, after=after)
+        return submit(cluster, run, shape, [task], not run.exists())
     words = command_of(out, work, ["--cluster", name, "--wait", "false", *(["--after", *after] if after else [])])
     with open(log, "a") as file:
         if not work.job:

@@ -13,6 +13,7 @@ from typing import Any
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from generation.cost import CALIBRATION
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError, WorkError
 
@@ -28,6 +29,7 @@ class SweepCommand:
     quick: bool = key(False, "merge the YAML's mapping `quick` over the rest")
     cluster: str = key("auto", "auto (Slurm if sbatch is there, else this machine) | local | NAME in configs/cluster | FILE")
     parallel: int | None = key(None, "this machine: stages at once (default: cores / ranks of a stage)")
+    calibration: str = key(CALIBRATION, "--dry-run: the file of measured speeds, of generate.py --calibrate")
     dry_run: bool = key(False, "print the tree of stages and an estimate of GPU hours, do nothing")
     wait: bool = key(False, "Slurm: stay to the end and write the table; Ctrl-C detaches (on this machine it always stays)")
 
@@ -47,11 +49,16 @@ def main(argv: list[str]) -> int:
     sweep = expand(load_spec(path, command.quick), path.resolve().parent)
     _check(sweep)
     cluster = load_cluster(command.cluster, submitting=not command.dry_run)
+    _check_ranks(sweep, cluster)
+    absent = missing_inputs(sweep, out)
     if command.dry_run:
         from launch.cost import describe
 
-        print("\n".join(describe(sweep, out, cluster)))
+        tree = describe(sweep, out, cluster, command.calibration)
+        print("\n".join([*tree, *(f"not there yet: {what}" for what in absent)]))
         return 0
+    if absent:
+        raise UsageError("; ".join(absent))
     with _alone(out):
         check_done(sweep, out)
         _remember(sweep, out)
@@ -115,6 +122,46 @@ def _check(sweep: Any) -> None:
                 check_scoring(replace(stage.config, checkpoint=stage.needs))
         except UsageError as error:
             raise UsageError(f"{stage.key}: {error}") from None
+
+
+def _check_ranks(sweep: Any, cluster: Any) -> None:
+    """Refuse now, not when its images are made, a batch that does not divide into its job's ranks. Raises UsageError."""
+    from stablerep.methods import method_class
+    from stablerep.plan import check_ranks
+
+    for stage in sweep.stages.values():
+        if stage.kind == "train":
+            config = stage.config
+            gpus = cluster.gpus_per_node if config.gpus_per_node is None else config.gpus_per_node
+            method = method_class(config.method)
+            unit = method.rows_per_unit(config.images_per_caption or 1) if method.reads_text else 1
+            try:
+                check_ranks(config, config.nodes * max(1, gpus), unit)
+            except UsageError as error:
+                raise UsageError(f"{stage.key}: {error}") from None
+
+
+def missing_inputs(sweep: Any, out: Path) -> list[str]:
+    """What stages that are not done need and do not find: captions, real pictures, labelled data sets; a line each."""
+    from generation.captions import expand as caption_files
+    from launch.stages import is_done
+    from stablerep.eval.datasets import check_there
+
+    found: dict[str, None] = {}  # in order, each once
+    for stage in sweep.stages.values():
+        if is_done(out, stage):
+            continue
+        try:
+            if stage.kind == "generate":
+                caption_files(stage.config.captions)
+            elif stage.kind == "train":
+                found |= {f"no real data {d}": None for d in stage.config.data if d not in stage.needs and not Path(d).exists()}
+            elif stage.kind == "evaluate":
+                for name in stage.config.dataset:
+                    check_there(name, stage.config.data_root)
+        except UsageError as error:
+            found[str(error)] = None
+    return list(found)
 
 
 def _remember(sweep: Any, out: Path) -> None:

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from launch.claims import HEAD, Verdict, claim_rows, judge, read_claims, summary
 from launch.plots import Plot, default_plots, draw, read_plots
 from launch.progress import duration
 from launch.render import Cell, figure_png, html_table, markdown_table, page, picture_tag, plot_tag, text_table
+from launch.results import own_commit
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import REPO, write_atomic
+from stablerep.runtime.rundir import write_atomic
 
 READING = (
     "Every number is a mean over training seeds, in percent, with its 95 % interval in brackets (Student's t over seeds). † "
@@ -161,16 +161,6 @@ def samples(numbers: Sequence[Number], captions: int = 3, images: int = 4) -> st
     return "".join(blocks)
 
 
-def commit() -> str:
-    """The commit of this checkout, and whether files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True).stdout.strip()
-
-    name = git("rev-parse", "--short=12", "HEAD")
-    return (name + (" with uncommitted changes" if git("status", "--porcelain") else "")) or "not a git checkout"
-
-
 def report(
     title: str,
     numbers: Sequence[Number],
@@ -183,7 +173,7 @@ def report(
     runs = len({run for n in numbers for run in n.train})
     facts = {"numbers": f"{len(numbers):,}", "training runs": f"{runs:,}"}
     facts |= {"time in all": duration(seconds)} if seconds is not None else {}
-    parts = [f"<p class=sub>{time.strftime('%Y-%m-%d')}, commit {commit()}</p>"]
+    parts = [f"<p class=sub>{time.strftime('%Y-%m-%d')}, commit {own_commit()}</p>"]
     parts += [f"<div class=facts>{''.join(f'<div><b>{html.escape(v)}</b>{k}</div>' for k, v in facts.items())}</div>"]
     if verdicts:
         parts += ["<h2>Claims</h2>", html_table(HEAD, claim_rows(verdicts), "left"), f"<p>{html.escape(summary(verdicts))}</p>"]

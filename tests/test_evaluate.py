@@ -11,13 +11,13 @@ from PIL import Image
 from launch.evaluate import elements, evaluate
 from stablerep import arch
 from stablerep.eval.config import EvaluateConfig, FewshotConfig, KnnConfig, SgdConfig
-from stablerep.eval.datasets import MEAN_AP, PER_CLASS, TOP_1, Labelled, load
+from stablerep.eval.datasets import MEAN_AP, PER_CLASS, TOP_1, Files, Labelled, load
 from stablerep.eval.encoders import open_encoder
 from stablerep.eval.features import extract
 from stablerep.eval.finetune_config import FinetuneConfig
 from stablerep.eval.knn import neighbours, votes
 from stablerep.eval.linear import DECADES, QUARTERS, _path, linear_scores
-from stablerep.eval.linear_sgd import Heads, choose, hold_out, train_heads
+from stablerep.eval.linear_sgd import Heads, choose, hold_out, make_optimizer, sgd_scores, train_heads
 from stablerep.eval.metrics import measure, value_of
 from stablerep.eval.score import of_proportion, over_repetitions
 from stablerep.runtime.errors import UsageError
@@ -153,7 +153,7 @@ def test_sgd_heads_follow_their_formula():
     (x, y), steps, batch, rate = clouds(0, 16), 5, 64, 0.3
     heads = Heads(6, 4, [rate])
     start = [[p.detach().double().numpy().copy() for p in head.parameters()] for head in heads.linear]
-    train_heads([(torch.from_numpy(x), torch.from_numpy(y))] * steps, heads, steps, batch)
+    train_heads([(torch.from_numpy(x), torch.from_numpy(y))] * steps, heads, make_optimizer(heads, batch), steps)
     for head, (weight, bias), norm in zip(heads.linear, start, (False, True), strict=True):
         features = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6) if norm else x
         speed = [np.zeros_like(weight), np.zeros_like(bias)]
@@ -186,7 +186,7 @@ def encoder(tmp_path_factory):
     """A small encoder in final/ form, randomly initialised."""
     folder = tmp_path_factory.mktemp("encoder")
     description = arch.describe("vit_micro", 32)
-    description["model_args"] |= {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    description["model_args"] |= {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 4}
     torch.manual_seed(0)
     arch.save_final(folder, description, {"encoder": arch.create(description).state_dict()})
     return folder
@@ -253,6 +253,63 @@ def test_linear_by_sgd_learns_from_crops(encoder, stripes, tmp_path, capsys):
     (record,) = evaluate(config)
     assert record["low"] > 50 and record["setting"]["solver"] == "sgd" and record["setting"]["epochs"] == 15
     assert "epoch 15/15" in capsys.readouterr().out
+    (other,) = evaluate(dataclasses.replace(config, solver="lbfgs"))
+    assert other["setting"] == {"labels_per_class": "all"}, "another solver's number is another number"
+
+
+def test_linear_by_sgd_goes_on_where_it_was_killed(encoder, stripes, tmp_path):
+    config, data, opened = SgdConfig(epochs=4, batch=12, rates=[0.1, 1.0]), load(str(stripes), 32), open_encoder(str(encoder))
+    said = []
+
+    def probe(folder, stop=None):
+        def report(line):
+            said.append(line)
+            if stop and f"epoch {stop}/" in line:
+                raise KeyboardInterrupt
+
+        features = lambda split: extract(opened.model, split.pictures, "cpu")  # noqa: E731
+        return sgd_scores(opened, data, features, config, 0, "cpu", 0, tmp_path / folder, report)
+
+    whole = probe("whole")
+    with pytest.raises(KeyboardInterrupt):
+        probe("cut", stop=2)
+    said.clear()
+    assert np.array_equal(probe("cut"), whole) and "epoch 3/4" in said[0]
+
+
+def test_a_finetuning_with_other_settings_is_another_number(encoder, stripes, tmp_path):
+    quick = FinetuneConfig(epochs=1, batch=20, warmup_epochs=0.5, workers=0, mixup=0, cutmix=0, augment="")
+    found = []
+    for changes in ({}, {"lr": 2e-3}, {"batch": 10}, {"micro_batch": 10}):
+        config = config_of(
+            encoder, stripes, tmp_path, protocol=["finetune"], random_encoders=0,
+            finetune=dataclasses.replace(quick, **changes),
+        )  # fmt: skip
+        found += [r["setting"] for r in evaluate(config)]
+    assert [(s["lr"], s["batch"]) for s in found] == [(1e-3, 20), (2e-3, 20), (1e-3, 10), (1e-3, 20)]
+    assert len(list(read_jsonl(tmp_path / "results.jsonl"))) == 3 and found[3] == found[0], "the memory that it takes is none"
+
+
+def test_uncompressed_pictures_of_one_size_are_told_apart(tmp_path):
+    digests = set()
+    for shade in (10, 200):
+        (tmp_path / str(shade)).mkdir()
+        Image.new("RGB", (8, 8), (shade, shade, shade)).save(tmp_path / str(shade) / "0.bmp")
+        digests.add(Files(["0.bmp"], 8, str(tmp_path / str(shade))).digest())
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "no valid JSON"), ("[]", "names no `architecture`"), ('{"architecture": "vit_none"}', "vit_none does not work"),
+     ('{"architecture": "vit_tiny_patch16_224"}', "does not fit its config.json")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_architecture_is_one_line(encoder, stripes, tmp_path, text, words):
+    (tmp_path / "encoder.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=words) as error:
+        evaluate(config_of(tmp_path, stripes, tmp_path / "x"))
+    assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
 
 
 def test_a_timm_model_takes_our_range(tmp_path):
@@ -292,6 +349,7 @@ def test_a_hub_out_of_reach_is_one_line(stripes, tmp_path):
         ({"labels": [3]}, "at least 5"),
         ({"protocol": ["zeroshot"], "random_encoders": 0}, "text tower"),
         ({"device": "cuda"}, "not there"),
+        ({"protocol": ["fewshot"], "fewshot": FewshotConfig(classifier="svm")}, "none of logistic"),
         ({"knn": KnnConfig([0], [0.1])}, "positive"),
     ],
 )

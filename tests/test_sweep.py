@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import REPO, command, kill_all, local_pids, wait_for
 
+from launch.cluster import Shape, load_cluster, submit
 from launch.grid import expand, load_spec
+from launch.job import ScoreTask
 from launch.sweep import main
 from stablerep.runtime.errors import UsageError
 from stablerep.runtime.events import read_events
@@ -77,8 +79,8 @@ def names(**changes):
 def test_names_know_what_decides_a_result_and_nothing_else(tmp_path):
     before = names()
     assert before == [
-        "generate/w2_m2_n6-10e0a7f4", "train/stablerep_w2_m2_n6_s0-a0f8a5f3",
-        "evaluate/stablerep_w2_m2_n6_s0-a0f8a5f3/knn_fashion-15fae84a",
+        "generate/w2_m2_n6-10e0a7f4", "train/stablerep_w2_m2_n6_s0-808045a1",
+        "evaluate/stablerep_w2_m2_n6_s0-808045a1/knn_fashion-15fae84a",
     ], "names changed: sweeps that exist would run anew"  # fmt: skip
     moved = shutil.copy(REPO / "assets" / "captions.txt", tmp_path / "moved.txt")
     assert names(generate={"captions": [moved], "nodes": 4, "attempts": 9, **GENERATE}) == before
@@ -120,6 +122,12 @@ def test_settings_follow_from_others():
         ({"grid": [{"data": "real", "real": "films"}]}, "real data 'films': `real:` names photos"),
         ({"exclude": [{"data": "synthetic"}]}, "the grid is empty"),
         ({"train": {"config": "train/none.yaml"}}, "cannot read config file train/none.yaml"),
+        ({"evaluate": 3}, "evaluate: must be a list"),
+        ({"when": [3]}, "when: must be a list of mappings, and 3 is none"),
+        ({"seeds": 3}, "seeds: must be a list"),
+        ({"real": ["photos"]}, "real: must be a mapping"),
+        ({"plots": {"x": 1}}, "plots: must be a list"),
+        ({"cost": {"captoins": 1}}, "unknown key 'captoins' in cost; did you mean captions"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(changes, said):
@@ -142,7 +150,24 @@ def test_configs_that_come_along_are_planned_without_slurm(name, tmp_path, monke
     path = REPO / "configs" / "sweep" / f"{name}.yaml"
     assert main([str(path), "--out", str(tmp_path / "out"), "--cluster", str(cluster), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "GPU hours" in said and "nothing was written" in said and not (tmp_path / "out").exists()
+    assert "GPU hours" in said or "\ncost:" not in path.read_text()
+    assert "nothing was written" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"generate": {"captions": ["none.txt"]}}, "no caption file none.txt"),
+        ({"evaluate": [{"protocol": "knn", "dataset": "cifar10", "data_root": "none"}]}, "cifar-10-batches-py is not there"),
+        ({"grid": [{"data": "real", "train.method": "simclr"}]}, "no real data /data/photos"),
+        ({"train": {**TRAIN, "nodes": 3}}, "does not divide into 3 ranks"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_written(changes, said, tmp_path):
+    path = write(tmp_path / "grid.yaml", spec_of(**changes))
+    with pytest.raises(UsageError, match=said):
+        main([str(path), "--out", str(tmp_path / "out"), "--cluster", "local"])
+    assert not (tmp_path / "out").exists()
 
 
 def started(out):
@@ -175,6 +200,12 @@ def test_a_cell_that_fails_stops_no_other_and_a_deleted_result_is_one_cell(tmp_p
     )
     idle = run(path, out)
     assert idle.returncode == 0 and "nothing to run" in idle.stdout and len(started(out)) == before + 1
+
+    result.unlink()  # two ranks of a job give the same number
+    task = ScoreTask(str(out), result.parents[1].name, [result.parent.name], "two", 0)
+    submit(load_cluster("local"), result.parents[1], Shape("evaluate", tasks_per_node=2), [task], fresh=False)
+    wait_for(result.exists, 120, "the score of two ranks")
+    assert abs(next(read_jsonl(result))["value"] - score["value"]) < 0.2
 
 
 def begin(path, out):

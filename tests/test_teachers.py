@@ -151,7 +151,7 @@ def test_other_sizes_are_timms():
     before = encoder(x)
     arch.accept_other_sizes(encoder)
     assert encoder(x).equal(before) and encoder(x[..., :8, :12]).equal(theirs(x[..., :8, :12]))
-    assert arch.patch_size("vit_large", 224) == 16 and arch.patch_size("vit_micro", 32) == 4
+    assert arch.patch_size("vit_large", 224) == 16 and arch.patch_size("vit_micro", 32) == 8
     assert arch.patch_size("vit_huge_patch14_224", 224) == 14
 
 

@@ -16,6 +16,7 @@ from stablerep.runtime.rundir import data_folder
 
 TOP_1, PER_CLASS, MEAN_AP = "top-1", "mean per class", "11-point mAP"
 BUNDLED = ("fashion", "fashion-probe")
+UNCOMPRESSED = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
 PROBE_PER_CLASS = 50  # `fashion-probe` trains on the last of each class: the 150 before them may train encoders
 
 
@@ -62,13 +63,17 @@ class Files:
 
     def digest(self) -> str:
         """SHA-256 that tells pictures apart: of the arrays, or of the files' names and sizes (to read a large set only for
-        its hash would take as long as to use it); and of how they are cut out."""
+        its hash would take as long as to use it), and of their bytes where they are not compressed, so that all are of one
+        size; and of how they are cut out."""
         digest = hashlib.sha256(f"{self.size} {self.margin}".encode())
         for item in self.items:
             if isinstance(item, np.ndarray):
                 digest.update(item.tobytes())
             else:
-                digest.update(f"{item} {(Path(self.root) / item).stat().st_size}\n".encode())
+                path = Path(self.root) / item
+                digest.update(f"{item} {path.stat().st_size}\n".encode())
+                if path.suffix.lower() in UNCOMPRESSED:
+                    digest.update(path.read_bytes())
         return digest.hexdigest()
 
 

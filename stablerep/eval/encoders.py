@@ -30,13 +30,12 @@ def open_encoder(name: str) -> Encoder:
     if not place.exists():
         return _from_hub(name)
     weights = _weights(place)
-    description = read_json(weights.parent / "config.json")
+    description = _description(weights)
     model = _load(weights, description)
-    size = int(description.get("model_args", {}).get("img_size") or model.patch_embed.img_size[0])
     run = _run(weights)
     facts = {"arch": description["architecture"], **(_facts(run) if run else {})}
     folder = run or (place.parent if place.is_file() else place)
-    return Encoder(name, model, size, digest(model), folder, run, facts)
+    return Encoder(name, model, _size(model, description), digest(model), folder, run, facts)
 
 
 def random_encoder(like: str, seed: int) -> Encoder:
@@ -46,12 +45,11 @@ def random_encoder(like: str, seed: int) -> Encoder:
     place = Path(like)
     if not place.exists():
         raise UsageError(f"--random-encoders needs a first --checkpoint in a folder, and {like} is a name: set it to 0")
-    description = read_json(_weights(place).parent / "config.json")
+    description = _description(_weights(place))
     torch.manual_seed(1000 + seed)
-    model = arch.create({"model_args": {}, **description}).eval()
-    size = int(description.get("model_args", {}).get("img_size") or model.patch_embed.img_size[0])
+    model = arch.create(description).eval()
     facts = {"method": "random", "arch": description["architecture"], "seed": seed, "step": 0}
-    return Encoder(f"random-{seed}", model, size, digest(model), None, None, facts)
+    return Encoder(f"random-{seed}", model, _size(model, description), digest(model), None, None, facts)
 
 
 def check_there(name: str) -> None:
@@ -80,14 +78,30 @@ def _weights(place: Path) -> Path:
     raise UsageError(f"{place} holds no finished encoder (final/encoder.safetensors and config.json)")
 
 
+def _description(weights: Path) -> dict[str, Any]:
+    """What config.json beside the weights says of the architecture. Raises UsageError."""
+    path = weights.parent / "config.json"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(found, dict) or "architecture" not in found:
+        raise UsageError(f"{path} names no `architecture`")
+    return {"model_args": {}, **found, "num_classes": 0}
+
+
+def _size(model: Any, description: dict[str, Any]) -> int:
+    return int(description["model_args"].get("img_size") or model.patch_embed.img_size[0])
+
+
 def _load(weights: Path, description: dict[str, Any]) -> Any:
     if "pretrained_cfg" not in description:  # ours
-        return arch.load_encoder(str(weights))
+        return arch.load_weights(arch.create(description), weights)
     import timm
 
     try:
         model = timm.create_model(
-            description["architecture"], pretrained=True, num_classes=0, **description.get("model_args", {}),
+            description["architecture"], pretrained=True, num_classes=0, **description["model_args"],
             pretrained_cfg_overlay={**description["pretrained_cfg"], "file": str(weights)},
         )  # fmt: skip
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:

@@ -22,9 +22,11 @@ def fewshot(
     """Mean top-1 accuracy over episodes, in percent, with its 95 % interval.
 
     `features` [N, D] float and `labels` [N] int are of one split: an episode draws `way` classes of it, and of each `shot`
-    pictures to learn from and `queries` others to be judged on.
+    pictures to learn from and `queries` others to be judged on. The interval is Student's over episodes, as is usual: it
+    says how far other episodes of the same pictures would move the mean, not what other pictures would.
 
-    - `logistic`: multinomial logistic regression (L2, C = 1) on L2-normalised features (Tian et al., arXiv 2003.11539);
+    - `logistic`: multinomial logistic regression (L2, C = 1) on L2-normalised features, as the official code of Tian et al.
+      (arXiv 2003.11539; github.com/WangYueFt/rfs, eval/meta_eval.py);
     - `prototype`: the nearest class mean, after the features were centred on the mean of the learnt-from pictures and
       L2-normalised (SimpleShot, arXiv 1911.04623; El Banani et al., arXiv 2302.05496).
 
@@ -32,8 +34,7 @@ def fewshot(
     """
     from threadpoolctl import threadpool_limits
 
-    if classifier not in CLASSIFIERS:
-        raise UsageError(f"few-shot: classifier {classifier} is none of {', '.join(CLASSIFIERS)}")
+    check(way, shot, queries, episodes, classifier)
     predict = CLASSIFIERS[classifier]
     truth, answers = np.repeat(np.arange(way), shot), np.repeat(np.arange(way), queries)
     accuracies = []
@@ -45,13 +46,19 @@ def fewshot(
     return over_repetitions(accuracies, "top-1", episodes, setting)
 
 
+def check(way: int, shot: int, queries: int, episodes: int, classifier: str) -> None:
+    """Raise UsageError on a value that no data set fits."""
+    if classifier not in CLASSIFIERS:
+        raise UsageError(f"few-shot: classifier {classifier} is none of {', '.join(CLASSIFIERS)}")
+    if min(shot, queries, episodes) < 1 or way < 2:
+        raise UsageError("few-shot: way must be at least 2; shot, queries and episodes at least 1")
+
+
 def draw_episodes(
     labels: np.ndarray, *, way: int, shot: int, queries: int, episodes: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows to learn from [way, shot] and rows to be judged on [way, queries] of each episode; a pure function of the
     arguments, whatever the encoder: two encoders see the same episodes. Raises UsageError."""
-    if min(shot, queries, episodes) < 1 or way < 2:
-        raise UsageError("few-shot: way must be at least 2; shot, queries and episodes at least 1")
     rows = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     rows = [r for r in rows if len(r) >= shot + queries]
     if len(rows) < way:

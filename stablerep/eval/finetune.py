@@ -7,7 +7,6 @@ ranks, as if it had not been.
 
 import copy
 import hashlib
-import io
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from stablerep.data.chance import derive
-from stablerep.eval.datasets import Labelled
+from stablerep.eval.datasets import TOP_1, Labelled
 from stablerep.eval.finetune_config import FinetuneConfig
-from stablerep.eval.score import Score, of_proportion
+from stablerep.eval.metrics import measure
+from stablerep.eval.resume import load_epoch, save_epoch
+from stablerep.eval.score import Score
 from stablerep.runtime import dist
 from stablerep.runtime.errors import UsageError, WorkError
-from stablerep.runtime.rundir import write_atomic
 
 CHECKPOINT = "finetune.pt"
 FREE = {"micro_batch", "workers"}  # settings that may differ when a fine-tuning goes on
@@ -41,8 +41,9 @@ def finetune(
     device: str,
     folder: Path,
     report: Callable[[str], None],
+    metric: str = TOP_1,
 ) -> Score:
-    """Train a copy of a timm ViT and a new head on `train`; top-1 accuracy in percent on `test` after the last epoch.
+    """Train a copy of a timm ViT and a new head on `train`; the metric in percent on `test` after the last epoch.
 
     `folder` keeps the newest checkpoint; where it holds one of the same encoder, settings and labels, the fine-tuning goes
     on from there. `report` gets a line an epoch, on rank 0. The test split chooses nothing. Collective; seeds the global
@@ -54,7 +55,7 @@ def finetune(
     optimizer = make_optimizer(model, config, config.lr * batch / 256)
     schedule = make_schedule(optimizer, config, steps)
     identity = _identity(encoder, train.labels, config)
-    start = _load(folder / CHECKPOINT, identity, model, optimizer, device)
+    start = load_epoch(folder / CHECKPOINT, identity, model, optimizer, device)
     trained: Any = nn.parallel.DistributedDataParallel(model) if dist.world() > 1 else model
     mixup, clock = make_mixup(config, len(classes)), time.monotonic()
     for epoch in range(start, config.epochs):
@@ -63,7 +64,7 @@ def finetune(
             raise WorkError(
                 f"fine-tuning: the loss is not finite in epoch {epoch + 1}: lower the learning rate (now {config.lr:g})"
             )
-        _save(folder / CHECKPOINT, {**identity, "epoch": epoch + 1}, model, optimizer)
+        save_epoch(folder / CHECKPOINT, {**identity, "epoch": epoch + 1}, model, optimizer)
         if dist.rank() == 0:
             done, seconds = epoch + 1 - start, time.monotonic() - clock
             rate = done * steps * batch / seconds
@@ -71,10 +72,14 @@ def finetune(
             report(
                 f"fine-tuning: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  {rate:,.0f} pictures/s  {left:,.0f} s left"
             )
-    correct = _count_correct(model, test, config, device)
-    usual = asdict(FinetuneConfig())
-    changed = {k: v for k, v in asdict(config).items() if v != usual[k] and k not in FREE}
-    return of_proportion(correct, len(test.labels), "top-1", {"epochs": config.epochs, **changed, "batch": batch})
+    scores = _class_scores(model, test, len(classes), config, device)
+    return measure(metric, scores, test.labels, setting_of(config, len(train.labels), dist.world()))
+
+
+def setting_of(config: FinetuneConfig, pictures: int, ranks: int) -> dict[str, Any]:
+    """What names the number of a fine-tuning on so many pictures. Raises UsageError where the batch does not fit."""
+    kept = {k: v for k, v in asdict(config).items() if k not in FREE}
+    return {**kept, "batch": batch_sizes(config, pictures, ranks)[0]}
 
 
 def batch_sizes(config: FinetuneConfig, pictures: int, ranks: int) -> tuple[int, int]:
@@ -143,11 +148,17 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
         from timm.data import create_transform
 
         self.split, self.seed, self.epoch = split, config.seed, epoch
-        self.transform = create_transform(
-            int(split.pictures.shape[-1]), is_training=True, scale=(config.crop_min, 1.0), color_jitter=0.0,
-            auto_augment=config.augment or None, interpolation="bicubic", re_prob=config.erase, re_mode="pixel",
-            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        )  # fmt: skip
+        try:
+            self.transform = create_transform(
+                int(split.pictures.shape[-1]), is_training=True, scale=(config.crop_min, 1.0), color_jitter=0.0,
+                auto_augment=config.augment or None, interpolation="bicubic", re_prob=config.erase, re_mode="pixel",
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+            )  # fmt: skip
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f"fine-tuning: --finetune.augment {config.augment}: {str(error).splitlines()[0]}") from None
+        for op in (op for step in self.transform.transforms for op in getattr(step, "ops", ())):  # of RandAugment
+            if op.name == "PosterizeIncreasing":
+                op.aug_fn = posterize
 
     def __len__(self) -> int:
         return len(self.split.labels)
@@ -162,6 +173,14 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
         else:
             picture = pictures.open(row)  # from its file: crops are taken of the whole picture
         return self.transform(picture), int(self.split.labels[row])
+
+
+def posterize(picture: Any, bits: int, **_: Any) -> Any:
+    """timm's operation: the upper `bits` of each value. At magnitude 10 that is none, which leaves black, as it always did;
+    newer versions of Pillow refuse it."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
 
 
 def _train_epoch(
@@ -195,16 +214,19 @@ def _train_epoch(
     return dist.mean_over_ranks(total / steps)
 
 
-@torch.inference_mode()
-def _count_correct(model: Any, test: Labelled, config: FinetuneConfig, device: str) -> int:
-    """Right answers on the whole split, whose pictures the ranks share."""
+@torch.no_grad()
+def _class_scores(model: Any, test: Labelled, classes: int, config: FinetuneConfig, device: str) -> np.ndarray:
+    """Logits float32 [N, C] of the whole split, whose pictures the ranks share."""
     model.eval()
     own = range(dist.rank(), len(test.labels), dist.world())
     pictures: Any = test.pictures  # indexed row by row, an array or files
     loader: Any = torch.utils.data.DataLoader(pictures, config.micro_batch, sampler=own, num_workers=config.workers)
-    found = [model(x.to(device).float() / 127.5 - 1).argmax(dim=1).cpu().numpy() for x in loader]
-    correct = float((np.concatenate(found) == test.labels[own.start :: own.step]).sum()) if found else 0.0
-    return round(dist.mean_over_ranks(torch.tensor(correct, device=device)) * dist.world())
+    scores, done = torch.zeros(len(test.labels), classes, device=device), 0
+    for x in loader:
+        scores[own.start :: own.step][done : done + len(x)] = model(x.to(device).float() / 127.5 - 1).float()
+        done += len(x)
+    found: np.ndarray = dist.sum_over_ranks(scores).cpu().numpy()
+    return found
 
 
 def _identity(encoder: Any, labels: np.ndarray, config: FinetuneConfig) -> dict[str, Any]:
@@ -214,36 +236,6 @@ def _identity(encoder: Any, labels: np.ndarray, config: FinetuneConfig) -> dict[
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
     return {"sha256": digest.hexdigest(), "settings": settings}
-
-
-def _save(path: Path, facts: dict[str, Any], model: Any, optimizer: Any) -> None:
-    """Rank 0 writes the checkpoint in place of the one before. Collective. Raises WorkError."""
-    problem = None
-    if dist.rank() == 0:
-        buffer = io.BytesIO()
-        torch.save({**facts, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-        try:
-            write_atomic(path, buffer.getvalue())
-        except OSError as error:
-            problem = f"fine-tuning: cannot write {path}: {error.strerror}; make room and give the same command again"
-    problem = dist.broadcast(problem)
-    if problem:
-        raise WorkError(problem)
-
-
-def _load(path: Path, identity: dict[str, Any], model: Any, optimizer: Any, device: str) -> int:
-    """Fill model and optimizer from the checkpoint, if there is one; the epochs that are done. Collective."""
-    if not dist.broadcast(path.exists()):
-        return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # torn bytes end in whatever the unpickler stumbles over
-        raise UsageError(f"{path} is broken: remove it, and the fine-tuning begins anew") from None
-    if {k: state.get(k) for k in identity} != identity:
-        raise UsageError(f"{path} is of another encoder, labels or settings: give another folder or remove it")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
 
 
 def _seed(*words: object, device: str = "cpu") -> None:

@@ -1,8 +1,11 @@
 """Linear probe for large sets, as the paper's on ImageNet: SGD on features of random crops, a grid of learning rates at once,
 each without and with BatchNorm (no affine) before the classifier (arXiv 2306.00984; official main_linear.py)."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,11 @@ from stablerep.eval.config import SgdConfig
 from stablerep.eval.datasets import Dataset, Files, Labelled
 from stablerep.eval.encoders import Encoder
 from stablerep.eval.metrics import value_of
+from stablerep.eval.resume import load_epoch, save_epoch
 from stablerep.runtime import dist
 from stablerep.runtime.errors import UsageError
 
+CHECKPOINT = "linear.pt"
 HELD_OUT, AT_MOST = 0.1, 10_000  # share, and number, of training pictures that choose among the classifiers
 
 
@@ -43,29 +48,36 @@ class Heads(nn.Module):
         return [head(inputs[norm]) for head, (_, norm) in zip(self.linear, self.names, strict=True)]
 
 
-def train_heads(batches: Iterable[tuple[Tensor, Tensor]], heads: Heads, steps: int, batch: int) -> None:
-    """SGD with momentum 0.9 on features [B, D] and labels [B], at rate * batch / 256, which falls to 0 over `steps` by half a
-    cosine."""
+def make_optimizer(heads: Heads, batch: int) -> torch.optim.SGD:
+    """SGD with momentum 0.9; the peak learning rate of each head is its rate * batch / 256."""
     groups = [
-        {"params": head.parameters(), "lr": r * batch / 256} for head, (r, _) in zip(heads.linear, heads.names, strict=True)
+        {"params": head.parameters(), "peak": rate * batch / 256}
+        for head, (rate, _) in zip(heads.linear, heads.names, strict=True)
     ]
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+
+
+def train_heads(
+    batches: Iterable[tuple[Tensor, Tensor]], heads: Heads, optimizer: torch.optim.SGD, steps: int, first: int = 0
+) -> None:
+    """Steps of SGD on features [B, D] and labels [B], `first` of `steps` being done; the rates fall to 0 by half a cosine."""
     heads.train()
-    for features, labels in batches:
+    for step, (features, labels) in enumerate(batches, first):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 + math.cos(math.pi * step / steps)) / 2
         losses = [nn.functional.cross_entropy(logits, labels) for logits in heads(features)]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
-        schedule.step()
 
 
 def sgd_scores(
     encoder: Encoder, data: Dataset, features: Callable[[Labelled], np.ndarray], config: SgdConfig, seed: int, device: str,
-    workers: int, report: Callable[[str], None],
+    workers: int, folder: Path, report: Callable[[str], None],
 ) -> np.ndarray:  # fmt: skip
     """Class scores [N, C] of the test split by the classifier that does best on the validation split, or on a held-out part of
-    the training split where there is none. Collective. Raises UsageError."""
+    the training split where there is none. `folder` keeps the newest checkpoint of this very probe. Collective. Raises
+    UsageError, or WorkError where the folder cannot be written."""
     if data.train.labels.ndim == 2:
         raise UsageError(f"--solver sgd needs one class a picture: {data.name} has several")
     train, held = (data.train, data.val) if data.val is not None else hold_out(data.train, seed)
@@ -74,8 +86,16 @@ def sgd_scores(
         raise UsageError(f"{len(train)} training pictures are too few for {dist.world()} ranks")
     torch.manual_seed(seed)
     heads = Heads(encoder.model.num_features, len(data.classes), config.rates).to(device)
-    steps = config.epochs * (len(train) // batch)
-    train_heads(_crops(encoder, train, config, batch, seed, device, workers, report), heads, steps, batch)
+    optimizer, an_epoch, clock = make_optimizer(heads, batch), len(train) // batch, time.monotonic()
+    identity = {"settings": asdict(config), "batch": batch, "seed": seed}
+    start = load_epoch(folder / CHECKPOINT, identity, heads, optimizer, device)
+    for epoch in range(start, config.epochs):
+        crops = _crops(encoder, train, config, batch, seed, epoch, device, workers)
+        train_heads(crops, heads, optimizer, config.epochs * an_epoch, epoch * an_epoch)
+        save_epoch(folder / CHECKPOINT, {**identity, "epoch": epoch + 1}, heads, optimizer)
+        done, seconds = epoch + 1 - start, time.monotonic() - clock
+        rate, left = done * an_epoch * batch / seconds, seconds / done * (config.epochs - epoch - 1)
+        report(f"linear: epoch {epoch + 1}/{config.epochs}  {rate:,.0f} pictures/s  {left:,.0f} s left")
     best, value = choose(heads, features(held), held.labels, data.metric, device)
     rate, norm = heads.names[best]
     report(f"linear: best of {len(heads.names)} on {len(held)} held-out pictures: lr {rate:g}"
@@ -138,21 +158,16 @@ class Crops(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def _crops(
-    encoder: Encoder, train: Labelled, config: SgdConfig, batch: int, seed: int, device: str, workers: int,
-    report: Callable[[str], None],
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Features and labels of whole batches, on every rank alike: each rank encodes its share, then all are gathered, and train
-    the same small classifiers."""
+    encoder: Encoder, train: Labelled, config: SgdConfig, batch: int, seed: int, epoch: int, device: str, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of the whole batches of an epoch, on every rank alike: each rank encodes its share, then all are
+    gathered, and train the same small classifiers."""
     model, world = encoder.model.to(device).eval(), dist.world()
-    own, batches, clock = batch // world, len(train) // batch, time.monotonic()
-    for epoch in range(config.epochs):
-        order = np.random.default_rng(derive("linear order", seed, epoch)).permutation(len(train))[: batches * batch]
-        rows = order.reshape(batches, world, own)[:, dist.rank()].ravel()
-        crops = Crops(train, config.crop_min, seed, epoch)
-        for pictures, labels in DataLoader(crops, own, sampler=rows.tolist(), num_workers=workers, pin_memory=device != "cpu"):
-            with torch.no_grad():
-                features = model(pictures.to(device, non_blocking=True).float() / 127.5 - 1).float()
-            yield dist.gather_plain(features), dist.gather_plain(labels.to(device))
-        seconds = time.monotonic() - clock
-        rate, left = (epoch + 1) * len(order) / seconds, seconds / (epoch + 1) * (config.epochs - epoch - 1)
-        report(f"linear: epoch {epoch + 1}/{config.epochs}  {rate:,.0f} pictures/s  {left:,.0f} s left")
+    own, batches = batch // world, len(train) // batch
+    order = np.random.default_rng(derive("linear order", seed, epoch)).permutation(len(train))[: batches * batch]
+    rows = order.reshape(batches, world, own)[:, dist.rank()].ravel()
+    crops = Crops(train, config.crop_min, seed, epoch)
+    for pictures, labels in DataLoader(crops, own, sampler=rows.tolist(), num_workers=workers, pin_memory=device != "cpu"):
+        with torch.no_grad():
+            features = model(pictures.to(device, non_blocking=True).float() / 127.5 - 1).float()
+        yield dist.gather_plain(features), dist.gather_plain(labels.to(device))

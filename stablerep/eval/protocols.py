@@ -1,5 +1,7 @@
 """The numbers that a protocol gives for one encoder and data set: each has a name (its setting) before it is computed."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,13 +15,14 @@ from stablerep.eval.datasets import Dataset, Files, Labelled
 from stablerep.eval.encoders import Encoder
 from stablerep.eval.features import Features
 from stablerep.eval.fewshot import fewshot
-from stablerep.eval.finetune import FREE, finetune
+from stablerep.eval.finetune import finetune, setting_of
 from stablerep.eval.knn import neighbours, votes
 from stablerep.eval.linear import Pair, linear_scores
 from stablerep.eval.linear_sgd import sgd_scores
 from stablerep.eval.metrics import measure
 from stablerep.eval.score import Score, over_repetitions
 from stablerep.eval.zeroshot import class_names, templates_for, zeroshot
+from stablerep.runtime import dist
 from stablerep.runtime.errors import UsageError
 
 ALL: tuple[str, ...] = ("train", "val", "test")
@@ -34,6 +37,7 @@ class Number:
     repetitions: int
     compute: Callable[[], Score]
     needs: tuple[str, ...] = ()
+    scratch: Path | None = None  # what it goes on from where it was cut off, of no use once it is there
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Subject:
     features: Features
     config: EvaluateConfig
     device: str
-    scratch: Path  # for what is resumed
+    scratch: Path  # folder of what is resumed
     report: Callable[[str], None]
     note: Callable[[str], None]
 
@@ -69,7 +73,8 @@ def _linear(subject: Subject) -> Iterator[Number]:
             setting |= {"solver": "sgd", **asdict(config.sgd)}
             scores_of, needs = _sgd, ()
         draws = config.resamples if count else 1
-        yield Number(setting, draws, partial(_drawn, subject, count, draws, scores_of, setting), needs)
+        scratch = None if needs else _scratch(subject, setting)
+        yield Number(setting, draws, partial(_drawn, subject, count, draws, scores_of, setting), needs, scratch)
 
 
 def _lbfgs(subject: Subject, count: int, draw: int) -> np.ndarray:
@@ -85,9 +90,16 @@ def _sgd(subject: Subject, count: int, draw: int) -> np.ndarray:
     if count:
         train = data.train.take(sample(data.train.labels, count, draw))
         data = Dataset(data.name, train, data.test, None, data.classes, data.metric)
+    folder = _scratch(subject, {"labels_per_class": count or "all", "solver": "sgd", **asdict(config.sgd)}) / str(draw)
     return sgd_scores(
-        subject.encoder, data, subject.features.of, config.sgd, draw, subject.device, config.workers, subject.report
+        subject.encoder, data, subject.features.of, config.sgd, draw, subject.device, config.workers, folder, subject.report
     )
+
+
+def _scratch(subject: Subject, setting: dict[str, Any]) -> Path:
+    """A folder of one number's own."""
+    what = json.dumps([subject.encoder.weights, subject.data.sha256, setting], sort_keys=True)
+    return subject.scratch / hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _drawn(
@@ -143,7 +155,7 @@ def _zeroshot(subject: Subject) -> Iterator[Number]:
 
     def compute() -> Score:
         names = class_names(data.name, data.classes)
-        return zeroshot(tower, subject.features.of(data.test), data.test.labels, names, templates, subject.device)
+        return zeroshot(tower, subject.features.of(data.test), data.test.labels, names, templates, subject.device, data.metric)
 
     yield Number({"templates": len(templates)}, 1, compute, ("test",))
 
@@ -151,14 +163,14 @@ def _zeroshot(subject: Subject) -> Iterator[Number]:
 def _finetune(subject: Subject) -> Iterator[Number]:
     data, config = _one_class("finetune", subject), subject.config.finetune
     train = data.train if data.val is None else _join(data.train, data.val)
+    named = setting_of(config, len(train), dist.world())
+    folder = _scratch(subject, named)
 
     def compute() -> Score:
-        return finetune(
-            subject.encoder.model, train, data.test, data.classes, config, subject.device, subject.scratch, subject.report
-        )
+        model, classes, device = subject.encoder.model, data.classes, subject.device
+        return finetune(model, train, data.test, classes, config, device, folder, subject.report, data.metric)
 
-    named = {k: v for k, v in asdict(config).items() if k not in FREE | {"batch"}}
-    yield Number(named, 1, compute)
+    yield Number(named, 1, compute, scratch=folder)
 
 
 def _join(a: Labelled, b: Labelled) -> Labelled:

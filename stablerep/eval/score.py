@@ -10,7 +10,11 @@ Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a table, in percent, with its 95 % interval."""
+    """One number of a table, in percent, with its 95 % interval.
+
+    The interval covers one source of chance only. Of one value: which pictures the test split holds. Of several: which labels
+    (or episodes) were drawn, on the same test pictures. Neither covers another seed of the training.
+    """
 
     metric: str  # "top-1", "mean per class", "11-point mAP"
     value: float

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from stablerep.eval.score import Score, of_proportion
+from stablerep.eval.datasets import TOP_1
+from stablerep.eval.metrics import measure
+from stablerep.eval.score import Score
 from stablerep.text import ImageText, tokenize
 
 PHOTO = "a photo of a {}."
@@ -62,13 +64,13 @@ def zeroshot(
     classes: Sequence[str],
     templates: Sequence[str],
     device: str = "cpu",
+    metric: str = TOP_1,
 ) -> Score:
-    """Top-1 accuracy in percent: each picture goes to the class whose text is nearest by cosine.
+    """The metric in percent where each picture goes to the class whose text is nearest by cosine.
 
     `image_text` is `stablerep.text.load_image_text(RUN)`; `features` float32 [N, width] are those of the same run's encoder
     (`stablerep.eval.features.extract`), `labels` int [N] index `classes`.
     """
     weights = class_weights(image_text, classes, templates, device)
     images = normalize(torch.from_numpy(features).to(device) @ image_text.image_projection.float(), dim=1)
-    found = (images @ weights.T).argmax(dim=1).cpu().numpy()
-    return of_proportion(int((found == labels).sum()), len(labels), "top-1", {"templates": len(templates)})
+    return measure(metric, (images @ weights.T).cpu().numpy(), labels, {"templates": len(templates)})

@@ -30,12 +30,17 @@ def queue(lab, *more):
 
 def test_a_requeued_generation_holds_the_trainings_back(lab, tmp_path):
     out = tmp_path / "out"
-    first = sweep(lab, tmp_path, ["simclr", "stablerep"])
-    assert first.returncode == 0, first.stdout + first.stderr
-    jobs = queue(lab, "-o", "%i")
-    assert len(jobs) == 5 and sweep(lab, tmp_path, ["simclr", "stablerep"]).returncode == 0
-    assert queue(lab, "-o", "%i") == jobs, "what is queued is not submitted again"
-    (generation,) = queue(lab, "-n", "generate", "-o", "%i")
+    lab.call("scontrol", "update", "partitionname=main", "state=down")  # it queues, and starts nothing
+    try:
+        first = sweep(lab, tmp_path, ["simclr", "stablerep"])
+        assert first.returncode == 0, first.stdout + first.stderr
+        jobs = queue(lab, "-o", "%i")
+        second = sweep(lab, tmp_path, ["simclr", "stablerep"])
+        assert len(jobs) == 5 and second.returncode == 0, second.stdout + second.stderr
+        assert sorted(queue(lab, "-o", "%i")) == sorted(jobs), "what is queued is not submitted again"
+        (generation,) = queue(lab, "-n", "generate", "-o", "%i")
+    finally:
+        lab.call("scontrol", "update", "partitionname=main", "state=up")
     lab.until(lambda: lab.call("scontrol", "requeue", generation).returncode == 0, 30, "a requeue")
     lab.until(lambda: not queue(lab), 240, "the end of all jobs")
 
