@@ -15,7 +15,7 @@ if not __package__:  # run as a script: sys.path[0] is this folder
 
 from stablerep.runtime.config import key, parse, run_command
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import read_json
+from stablerep.runtime.rundir import file_hash, read_json
 
 if TYPE_CHECKING:
     from generation.plan import Plan
@@ -75,9 +75,7 @@ def check_run(run: Path, plan: "Plan") -> str | None:
     """What is wrong with the frozen captions, or with dataset.json where there is one; None where nothing is."""
     from stablerep.data.shards import read_sidecar
 
-    with open(run / "captions.parquet", "rb") as file:
-        hash = hashlib.file_digest(file, "sha256").hexdigest()
-    if hash != plan.captions_sha256:
+    if file_hash(run / "captions.parquet") != plan.captions_sha256:
         return "captions.parquet is not the one that was planned"
     if not (run / "dataset.json").exists():
         return None

@@ -14,7 +14,7 @@ from generation.captions import CaptionCounts, expand, prepare
 from generation.settings import GenerateConfig, fingerprint, image_bytes, model_name
 from stablerep.runtime.config import from_yaml, to_dict, to_yaml
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import read_json, write_atomic, write_json
+from stablerep.runtime.rundir import file_hash, read_json, write_atomic, write_json
 
 FREE = {"out", "captions", "lease_timeout_s", "attempts"}  # may change between two launches of one run
 
@@ -62,7 +62,7 @@ def make_plan(
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "captions.parquet"
         counts = prepare(config.captions, config.caption_column, config.limit, target, Path(scratch) / "spill")
-        data_hash = _file_hash(target)
+        data_hash = file_hash(target)
         images = counts.kept * config.images_per_caption
         plan = Plan(
             captions=counts.kept,
@@ -170,11 +170,6 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
     )
 
 
-def _file_hash(path: Path | str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _files_hash(files: list[str]) -> str:
     """One hash of the contents of several files, in order; their names do not count."""
-    return hashlib.sha256(" ".join(map(_file_hash, files)).encode()).hexdigest()
+    return hashlib.sha256(" ".join(map(file_hash, files)).encode()).hexdigest()

@@ -12,8 +12,8 @@ from pathlib import Path
 from generation.cost import store
 from generation.settings import GenerateConfig
 from launch import slurm
-from launch.cluster import ClusterConfig, Shape, still_active, submit
-from launch.progress import Every
+from launch.cluster import ClusterConfig, Shape, still_active, submit, within
+from launch.progress import Every, last_word
 from stablerep.runtime.config import to_yaml
 from stablerep.runtime.errors import WorkError
 from stablerep.runtime.rundir import read_json, write_atomic, write_json
@@ -76,9 +76,7 @@ def calibrate(config: GenerateConfig, cluster: ClusterConfig, calibration: Path)
 
 def _run_job(cluster: ClusterConfig, out: Path, task: CalibrateTask) -> None:
     """Submit the job and wait for its result, or until it has gone."""
-    minutes = min(cluster.minutes, MINUTES)
-    short = replace(cluster, minutes=minutes, signal_lead_s=min(cluster.signal_lead_s, 30 * minutes))
-    job = submit(short, out, Shape(JOB, gpus_per_node=min(1, task.gpus)), [task], False)[0]
+    job = submit(within(cluster, MINUTES), out, Shape(JOB, gpus_per_node=min(1, task.gpus)), [task], False)[0]
     print(f"job {job} measures; Ctrl-C cancels it", flush=True)
     gone = Every(1.0, lambda: not still_active(out, JOB))
     try:
@@ -87,7 +85,8 @@ def _run_job(cluster: ClusterConfig, out: Path, task: CalibrateTask) -> None:
         until = time.monotonic() + SEEN_S
         while not (out / "result.json").exists():
             if time.monotonic() > until:
-                raise WorkError(f"job {job} ended without a result: {_last_word(out)}")
+                why = last_word(sorted((out / "logs").glob("*.out")), "it left no log that this machine sees")
+                raise WorkError(f"job {job} ended without a result: {why}")
             time.sleep(0.5)
     except BaseException:
         slurm.client("scancel", job)
@@ -96,15 +95,6 @@ def _run_job(cluster: ClusterConfig, out: Path, task: CalibrateTask) -> None:
         until = time.monotonic() + SEEN_S
         while not gone() and time.monotonic() < until:
             time.sleep(0.5)
-
-
-def _last_word(out: Path) -> str:
-    """What the task said went wrong, else the last line of a log."""
-    lines = [line for path in sorted((out / "logs").glob("*.out")) for line in path.read_text(errors="replace").split("\n")]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or [
-        line for line in lines if line.strip()
-    ]
-    return said[-1] if said else "it left no log that this machine sees"
 
 
 def _give_up(batch_size: int) -> None:

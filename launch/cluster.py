@@ -70,6 +70,12 @@ def load_cluster(name: str, gpus_per_node: int | None = None, submitting: bool =
     return cluster
 
 
+def within(cluster: ClusterConfig, minutes: int) -> ClusterConfig:
+    """The cluster for a short job: at most `minutes` of wall time, warned no earlier than half-way."""
+    minutes = min(cluster.minutes, minutes)
+    return replace(cluster, minutes=minutes, signal_lead_s=min(cluster.signal_lead_s, 30 * minutes))
+
+
 @dataclass
 class Shape:
     """What one job asks for."""

@@ -7,12 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from launch import checks
 from launch.checks import Finding
-from launch.cluster import ClusterConfig, Shape, still_active, submit
+from launch.cluster import ClusterConfig, Shape, still_active, submit, within
 from launch.doctor_probe import Found, ProbeTask, fingerprint_of, versions, wait
 from launch.progress import Every
 from launch.slurm import client, nudge
@@ -28,10 +27,8 @@ SIGNAL_S = 60.0  # the same for the signal, and for the requeue
 def run_probe(cluster: ClusterConfig, shape: Shape, task: ProbeTask, patience_s: float) -> Iterator[Finding]:
     """Run the probe job and judge its reports; it is cancelled whatever happens. `patience_s` bounds its wait in the queue."""
     out, world, on_slurm = Path(task.out), task.world, cluster.kind == "slurm"
-    minutes = min(cluster.minutes, PROBE_MINUTES)
-    short = replace(cluster, minutes=minutes, signal_lead_s=min(cluster.signal_lead_s, 30 * minutes))
     try:
-        job = submit(short, out, shape, [task], False)[0]
+        job = submit(within(cluster, PROBE_MINUTES), out, shape, [task], False)[0]
     except UsageError as error:
         yield Finding("fail", str(error), "Mend the cluster file")
         return

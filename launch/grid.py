@@ -16,9 +16,9 @@ from typing import Any
 from generation.plan import FREE as GENERATE_FREE
 from launch.grid_keys import CONFIGS, TOP, check_keys, check_spec, flat, unknown
 from stablerep.eval.config import EvaluateConfig
-from stablerep.runtime.config import default_of, merge, walk
+from stablerep.runtime.config import default_of, load_yaml, merge, walk
 from stablerep.runtime.errors import UsageError
-from stablerep.runtime.rundir import data_folder
+from stablerep.runtime.rundir import data_folder, file_hash
 from stablerep.train_config import FREE as TRAIN_FREE
 
 Settings = dict[str, Any]  # dotted keys: generate.*, train.*, `data`, `real`, and labels that `when` gives a meaning
@@ -70,15 +70,8 @@ class Sweep:
 def load_spec(path: Path, quick: bool) -> dict[str, Any]:
     """Read a sweep's YAML; `quick` merges its mapping `quick` over the rest. Raises UsageError."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
-    try:
-        loaded = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error.__class__.__name__}") from None
-    except YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    spec: Any = OmegaConf.to_container(loaded)
+    spec: Any = OmegaConf.to_container(load_yaml(path))
     if not isinstance(spec, dict):
         raise UsageError(f"{path} must hold a mapping")
     check_keys(spec, TOP, path)
@@ -221,5 +214,4 @@ def _content(path: str) -> str:
     """The SHA-256 of a file; of what is not there (or is a glob) its name."""
     if not Path(path).is_file():
         return path
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)

@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,13 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def last_word(logs: Iterable[Path], default: str) -> str:
+    """What went wrong by these logs: the last line that says `error: `, else the last line, else `default`."""
+    lines = [line.strip() for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [default])[-1]
 
 
 def watch(look: Callable[[], Progress], active: Callable[[], object], unit: str, until_idle: bool = True) -> bool:

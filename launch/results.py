@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stablerep.runtime.rundir import REPO, read_json
+from stablerep.runtime.rundir import REPO, file_hash, read_json
 
 DATA_KEYS = ("captions", "model", "revision", "guidance_scale", "steps", "images_per_caption", "seed")
 
@@ -68,8 +68,7 @@ def index_hash(run: Path) -> str:
     """SHA-256 of the frozen index: of the place of every image and caption that the run could read."""
     digest = hashlib.sha256()
     for path in sorted((run / "index").iterdir()):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from generation.failures import set_aside
 from generation.settings import GenerateConfig
 from launch.grid import Stage, Sweep
-from launch.progress import duration
+from launch.progress import duration, last_word
 from stablerep.eval.config import EvaluateConfig
 from stablerep.plan import check_same
 from stablerep.runtime.config import from_yaml, part, to_dict, to_yaml
@@ -40,9 +40,19 @@ class Work:
     ranks: int
 
 
+def has_result(out: Path, key: str) -> bool:
+    """Whether the result of the stage `key` is there."""
+    return any((out / key).glob(MARKS[key.partition("/")[0]]))
+
+
 def is_done(out: Path, stage: Stage) -> bool:
     """Whether a stage's result is there."""
-    return any((out / stage.key).glob(MARKS[stage.kind]))
+    return has_result(out, stage.key)
+
+
+def work_of(key: str) -> str:
+    """The key of the work that a stage is part of: evaluations of one training run are one, and share a folder for its jobs."""
+    return key.rpartition("/")[0] if key.startswith("evaluate/") else key
 
 
 def works(sweep: Sweep, out: Path) -> list[Work]:
@@ -50,7 +60,7 @@ def works(sweep: Sweep, out: Path) -> list[Work]:
     found: dict[str, Work] = {}
     for stage in sweep.stages.values():
         if not is_done(out, stage):
-            key = stage.key.rpartition("/")[0] if stage.kind == "evaluate" else stage.key
+            key = work_of(stage.key)
             job = stage.kind if stage.kind != "real" else ""
             found.setdefault(key, Work(key, job, [], stage.needs, stage.ranks)).stages.append(stage)
     return sorted(found.values(), key=lambda w: list(MARKS).index(w.stages[0].kind))
@@ -102,10 +112,8 @@ def record(out: Path, work: Work, event: str, **fields: Any) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The last error line of a log, or its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it printed nothing"])[-1]
+    """Why a piece of work failed, by its log."""
+    return last_word([log], "it printed nothing")
 
 
 class Here:

@@ -52,15 +52,12 @@ def describe(run: Path) -> list[str]:
         return sweep_lines(run)
     if (run / "plan.json").exists():
         return describe_generation(run, read_status(run))
-    if (run / "config.yaml").exists():
-        seen, unit = training_progress(run), "steps"
-        lines = [seen.detail] if seen.detail else []
-        checkpoints = sorted((run / "checkpoints").glob("step-*"))
-        lines += [f"newest checkpoint {checkpoints[-1].name}"] if checkpoints else []
-        lines += ledger_lines(run)
-        lines += [why] if not seen.complete and (why := why_it_failed(run)) else []
-    else:
-        raise UsageError(f"{run} is not a run: it has none of sweep.json, plan.json and config.yaml")
+    seen, unit, _ = progress_of(run)
+    lines = [seen.detail] if seen.detail else []
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    lines += [f"newest checkpoint {checkpoints[-1].name}"] if checkpoints else []
+    lines += ledger_lines(run)
+    lines += [why] if not seen.complete and (why := why_it_failed(run)) else []
     events = list(read_events(run))
     counts = {k: sum(e["event"] == k for e in events) for k in ("requeued", "failed")}
     lines += [", ".join(f"{v} {k}" for k, v in counts.items() if v)] if any(counts.values()) else []

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from launch import slurm
 from launch.cluster import ClusterConfig, Shape, all_active, submit
-from launch.grid import Sweep
 from launch.job import ScoreTask
-from launch.progress import Every, Progress, watch
-from launch.stages import Work, command_of, is_done, last_words, record
+from launch.overview import sweep_progress
+from launch.progress import Every, watch
+from launch.stages import Work, command_of, last_words, record
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.rundir import REPO
 
@@ -68,7 +68,7 @@ def _submit(name: str, cluster: ClusterConfig, out: Path, work: Work, after: lis
     return all_active({run: work.job})[run]
 
 
-def wait_for_all(sweep: Sweep, out: Path, todo: list[Work]) -> None:
+def wait_for_all(out: Path, todo: list[Work]) -> None:
     """Stay until no job of the sweep is left, showing how many stages are done; Ctrl-C detaches and kills nothing."""
     runs = {out / work.key: work.job for work in todo if work.job}
 
@@ -78,8 +78,4 @@ def wait_for_all(sweep: Sweep, out: Path, todo: list[Work]) -> None:
             slurm.nudge(ids)
         return bool(ids)
 
-    def look() -> Progress:
-        done = sum(is_done(out, stage) for stage in sweep.stages.values())
-        return Progress(done, len(sweep.stages), done == len(sweep.stages))
-
-    watch(look, Every(5.0, active), "stages")
+    watch(lambda: sweep_progress(out), Every(5.0, active), "stages")

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             failed = submit_all(command.cluster, cluster, out, todo)
             if command.wait:
                 try:
-                    wait_for_all(sweep, out, todo)
+                    wait_for_all(out, todo)
                 except KeyboardInterrupt:
                     print(f"\ndetached; the jobs go on. See: python launch/status.py {out}")
                     return 3

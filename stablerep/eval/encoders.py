@@ -64,7 +64,7 @@ def digest(model: Any) -> str:
 
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

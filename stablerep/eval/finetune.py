@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stablerep.data.chance import derive
 from stablerep.eval.datasets import TOP_1, Labelled
+from stablerep.eval.encoders import digest
 from stablerep.eval.finetune_config import FinetuneConfig
 from stablerep.eval.metrics import measure
 from stablerep.eval.resume import load_epoch, save_epoch
@@ -78,8 +79,7 @@ def finetune(
 
 def setting_of(config: FinetuneConfig, pictures: int, ranks: int) -> dict[str, Any]:
     """What names the number of a fine-tuning on so many pictures. Raises UsageError where the batch does not fit."""
-    kept = {k: v for k, v in asdict(config).items() if k not in FREE}
-    return {**kept, "batch": batch_sizes(config, pictures, ranks)[0]}
+    return {**_settings(config), "batch": batch_sizes(config, pictures, ranks)[0]}
 
 
 def batch_sizes(config: FinetuneConfig, pictures: int, ranks: int) -> tuple[int, int]:
@@ -231,11 +231,13 @@ def _class_scores(model: Any, test: Labelled, classes: int, config: FinetuneConf
 
 def _identity(encoder: Any, labels: np.ndarray, config: FinetuneConfig) -> dict[str, Any]:
     """What must be equal for a fine-tuning to go on."""
-    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    settings = {k: v for k, v in asdict(config).items() if k not in FREE}
-    return {"sha256": digest.hexdigest(), "settings": settings}
+    named = hashlib.sha256(digest(encoder).encode() + np.ascontiguousarray(labels).tobytes())
+    return {"sha256": named.hexdigest(), "settings": _settings(config)}
+
+
+def _settings(config: FinetuneConfig) -> dict[str, Any]:
+    """Those that decide the result."""
+    return {k: v for k, v in asdict(config).items() if k not in FREE}
 
 
 def _seed(*words: object, device: str = "cpu") -> None:

@@ -68,12 +68,13 @@ def _linear(subject: Subject) -> Iterator[Number]:
         if solver == "auto":
             solver = "sgd" if subject.data.name == "imagenet" and not count else "lbfgs"
         setting: dict[str, Any] = {"labels_per_class": count or "all"}
-        scores_of, needs = _lbfgs, ALL
+        scores_of: Callable[[Subject, int, int], np.ndarray] = _lbfgs
+        needs, scratch = ALL, None
         if solver == "sgd":
             setting |= {"solver": "sgd", **asdict(config.sgd)}
-            scores_of, needs = _sgd, ()
+            needs, scratch = (), _scratch(subject, setting)
+            scores_of = partial(_sgd, folder=scratch)
         draws = config.resamples if count else 1
-        scratch = None if needs else _scratch(subject, setting)
         yield Number(setting, draws, partial(_drawn, subject, count, draws, scores_of, setting), needs, scratch)
 
 
@@ -85,14 +86,14 @@ def _lbfgs(subject: Subject, count: int, draw: int) -> np.ndarray:
     return linear_scores(train, val, features.of(data.test), len(data.classes), data.metric, draw)
 
 
-def _sgd(subject: Subject, count: int, draw: int) -> np.ndarray:
+def _sgd(subject: Subject, count: int, draw: int, *, folder: Path) -> np.ndarray:
     data, config = subject.data, subject.config
     if count:
         train = data.train.take(sample(data.train.labels, count, draw))
         data = Dataset(data.name, train, data.test, None, data.classes, data.metric)
-    folder = _scratch(subject, {"labels_per_class": count or "all", "solver": "sgd", **asdict(config.sgd)}) / str(draw)
+    place, workers = folder / str(draw), config.workers
     return sgd_scores(
-        subject.encoder, data, subject.features.of, config.sgd, draw, subject.device, config.workers, folder, subject.report
+        subject.encoder, data, subject.features.of, config.sgd, draw, subject.device, workers, place, subject.report
     )
 
 

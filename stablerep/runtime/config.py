@@ -43,18 +43,12 @@ def merge(cls: type[T], files: Sequence[str], values: dict[str, Any]) -> T:
     """Build `cls` from its defaults, then the YAML `files`, then `values` (dotted keys). Raises UsageError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     fields = dict(walk(cls))
     config = OmegaConf.structured(cls)
     try:
         for name in files:
-            try:
-                loaded = OmegaConf.load(name)
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"cannot read config file {name}: {error.__class__.__name__}") from None
-            except YAMLError as error:
-                raise UsageError(f"config file {name} is not valid YAML: {' '.join(str(error).split())}") from None
+            loaded = load_yaml(name, "config file ")
             for dotted in _leaves(OmegaConf.to_container(loaded)):
                 if not any(dotted == f or dotted.startswith(f + ".") for f in fields):
                     raise UsageError(f"unknown key '{dotted}' in {name}{_nearest(dotted, fields)}")
@@ -66,6 +60,19 @@ def merge(cls: type[T], files: Sequence[str], values: dict[str, Any]) -> T:
         reason = str(error).splitlines()[0]
         where = f"key '{error.full_key}': " if getattr(error, "full_key", None) else ""
         raise UsageError(f"{where}{reason}") from None
+
+
+def load_yaml(path: str | Path, what: str = "") -> Any:
+    """A YAML file as OmegaConf has it; `what` is said before its name. Raises UsageError."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {what}{path}: {error.__class__.__name__}") from None
+    except YAMLError as error:
+        raise UsageError(f"{what}{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -59,6 +59,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one line to a JSONL file with a single write, so that processes do not tear each other's lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
