@@ -134,6 +134,9 @@ def main(argv: list[str]) -> int:
         differing = differing_captions(run, config.remake, config.device) if config.remake and complete else []
         for id in differing:
             print(f"{run}: caption {id}: remade images differ")
+        if config.remake:
+            done = f"{min(config.remake, plan.captions)} captions were remade and compared" if complete else "nothing is remade"
+            print(f"{run}: {done}{'' if complete else ' before the run is complete'}")
         wrong += len(broken) + len(differing) + bool(unsound)
         if not broken and not differing and not unsound:
             state = "complete" if complete else "no dataset.json yet"
