@@ -10,6 +10,12 @@ from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import data_folder, read_json
 
 TINY = data_folder("assets") / "tiny"
+CHOICES = {
+    "sampler": ("ddim", "dpmsolver++", "unipc"),
+    "dtype": ("auto", "fp32", "fp16", "bf16"),
+    "attention": ("auto", "xformers", "sdpa"),
+    "compile": ("auto", "on", "off"),
+}
 
 
 @dataclass
@@ -22,13 +28,16 @@ class GenerateConfig:
     revision: str | None = key(None, "hub revision (a commit, so that the weights are pinned)")
     images_per_caption: int = key(6, "images a caption")
     guidance_scale: float = key(2.0, "classifier-free guidance; 1 is none")
-    steps: int = key(12, "DDIM steps")
+    sampler: str = key("ddim", "ddim | dpmsolver++ | unipc; no other: their images depend on nothing but the first noise")
+    steps: int = key(12, "sampler steps")
     seed: int = key(0, "the noise of an image is a pure function of seed, caption id and image number")
     resolution: int | None = key(None, "generated size in pixels (default: what the model was trained for)")
     image_size: int | None = key(None, "stored size in pixels (default: the generated size)")
     dtype: str = key("auto", "auto (fp16 on GPUs, fp32 on CPUs) | fp32 | fp16 | bf16")
-    attention: str = key("auto", "auto (xformers where it runs, else sdpa) | xformers | sdpa")
-    batch_size: int = key(16, "images a UNet call (twice that with guidance)")
+    attention: str = key("auto", "auto (the faster on a GPU, measured in seconds there) | xformers | sdpa")
+    batch_size: int | str = key(16, "images a UNet call (twice that with guidance), or auto: as many as fit and make it faster")
+    vae_batch_size: int = key(16, "images a call of the autoencoder, at most a UNet call's")
+    compile: str = key("auto", "torch.compile and CUDA graphs for the UNet: auto (on a GPU, where that pays) | on | off")
     jpeg_quality: int = key(95, "JPEG quality, 1 to 100")
     caption_column: str | None = key(None, "column of the captions (default: caption, text, ...)")
     limit: int | None = key(None, "only the first N captions by id: an unbiased subset")
@@ -41,10 +50,15 @@ def check(config: GenerateConfig) -> None:
     """Raise UsageError on a value that cannot work."""
     if not config.out:
         raise UsageError("--out RUN is missing: the folder that the run goes to")
-    for name in ("images_per_caption", "steps", "batch_size", "captions_per_shard", "attempts"):
-        if getattr(config, name) < 1:
+    if isinstance(config.batch_size, str) and config.batch_size.isdecimal():
+        config.batch_size = int(config.batch_size)  # from a command line
+    if isinstance(config.batch_size, str) and config.batch_size != "auto":
+        raise UsageError(f"--batch-size {config.batch_size} is neither a number nor auto")
+    for name in ("images_per_caption", "steps", "batch_size", "vae_batch_size", "captions_per_shard", "attempts"):
+        value = getattr(config, name)
+        if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    for name, values in (("dtype", ("auto", "fp32", "fp16", "bf16")), ("attention", ("auto", "xformers", "sdpa"))):
+    for name, values in CHOICES.items():
         if getattr(config, name) not in values:
             raise UsageError(f"--{name} {getattr(config, name)} is none of {', '.join(values)}")
     if config.limit is not None and config.limit < 1:
@@ -122,7 +136,7 @@ def fingerprint(folder: Path) -> str:
 
 def public_settings(config: GenerateConfig) -> dict[str, Any]:
     """The settings that go into every sample's JSON."""
-    names = ("seed", "guidance_scale", "steps", "dtype", "revision")
+    names = ("seed", "guidance_scale", "sampler", "steps", "dtype", "revision")
     return {"model": model_name(config.model), **{n: getattr(config, n) for n in names}}
 
 
