@@ -38,7 +38,6 @@ def make_up(run: Path, shards: int, workers: int) -> None:
         lines = [{"time": now - rounds * SECONDS - 30, "event": "started", **base, "device": "cuda:0", "node": f"node{w}"}]
         for turn, shard in enumerate(range(w, done, workers)):
             begin = now - (rounds - turn) * SECONDS
-            lines.append({"time": begin, "event": "claimed", **base, "shard": shard, "how": "claimed"})
             lines.append({"time": begin + 59, "event": "committed", **base, "shard": shard, "images": CAPTIONS * IMAGES,
                           "seconds": 58.9})  # fmt: skip
             (run / "shards" / f"{shard_name(shard)}.tar").touch()

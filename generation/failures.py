@@ -19,6 +19,11 @@ def failures(run: Path, shard: int) -> list[dict[str, Any]]:
     return list(read_jsonl(_file(run, shard)))
 
 
+def failed_shards(run: Path) -> set[int]:
+    """The shards with failed attempts that were not forgotten (one listing of a folder that seldom exists)."""
+    return {int(path.stem) for path in (run / "failures").glob("*.jsonl")}
+
+
 def record(run: Path, shard: int, **fields: Any) -> None:
     """Add a failed attempt."""
     append_jsonl(_file(run, shard), fields)
@@ -34,8 +39,9 @@ def given_up(records: list[dict[str, Any]], attempts: int, node: str | None = No
 def set_aside(run: Path, attempts: int, at_work: Iterable[str] = ()) -> dict[int, list[dict[str, Any]]]:
     """The failures of every shard, not committed, that a node gave up, and with it all nodes that are `at_work`."""
     nodes = [None, *set(at_work)]
-    numbers = sorted(int(path.stem) for path in (run / "failures").glob("*.jsonl"))
-    absent = {k: failures(run, k) for k in numbers if not (run / "shards" / f"{shard_name(k)}.json").exists()}
+    absent = {
+        k: failures(run, k) for k in sorted(failed_shards(run)) if not (run / "shards" / f"{shard_name(k)}.json").exists()
+    }
     return {k: records for k, records in absent.items() if all(given_up(records, attempts, node) for node in nodes)}
 
 

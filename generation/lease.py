@@ -3,90 +3,118 @@
 import json
 import os
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+
+Work = int | str  # a shard's number, or the name of another piece of work
 
 
 class Leases:
-    """Claims on numbered pieces of work under `folder`, held by the process `name`.
+    """Claims on pieces of work under `folder`, held by the process `name`; any number at once, from any of its threads.
 
-    A lease is a file created with O_EXCL whose mtime a thread keeps fresh. Ages are read on the file server's clock:
-    the mtime of a file we just touched, minus the lease's. Two holders of one lease are harmless to the data (an image
-    is a function of its identity), so a lease only saves work, and a race in a takeover costs a shard's time at worst.
+    A lease is a file created with O_EXCL whose mtime a thread keeps fresh. Ages are read on the file server's clock: the
+    mtime of a file that this thread touches too, and the time since. Two holders of one lease are harmless to the data (an
+    image is a function of its identity), so a lease only saves work, and a race in a takeover costs a shard's time at worst.
     """
 
     def __init__(self, folder: Path, name: str, timeout_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name, self.timeout_s = folder, name, timeout_s
         self._clock = folder / f".clock-{name}"
-        self._held: int | None = None
+        self._read_clock()
+        self._touched: dict[Work, float] = {}  # every lease that we hold: when it was made fresh, by time.monotonic
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
-    def path(self, number: int) -> Path:
+    def path(self, work: Work) -> Path:
         """The lease file of a piece of work."""
-        return self.folder / f"{number:06d}.lease"
+        return self.folder / (f"{work:06d}.lease" if isinstance(work, int) else f"{work}.lease")
 
-    def claim(self, number: int) -> str | None:
+    def claim(self, work: Work) -> str | None:
         """Try to take a lease: `claimed`, `taken over` from a silent holder, or None where somebody holds it."""
-        if self._create(number):
+        if self._create(work):
             return "claimed"
-        age = self.age(number)
+        age = self.age(work)
         if age is None or age <= self.timeout_s:
             return None
+        stale = self.folder / f".stale-{self.path(work).stem}-{self.name}"
         try:  # of all that see it stale, one wins the rename
-            os.rename(self.path(number), self.folder / f".stale-{number:06d}-{self.name}")
+            os.rename(self.path(work), stale)
         except FileNotFoundError:
             return None
-        (self.folder / f".stale-{number:06d}-{self.name}").unlink(missing_ok=True)
-        return "taken over" if self._create(number) else None
+        stale.unlink(missing_ok=True)
+        return "taken over" if self._create(work) else None
 
-    def release(self) -> None:
-        """Give the held lease back; somebody else's is left alone."""
-        if self._held is not None:
-            path = self.path(self._held)
-            self._held = None
-            try:
-                if json.loads(path.read_text())["name"] == self.name:
-                    path.unlink()
-            except (OSError, ValueError, KeyError):
-                pass
+    def release(self, work: Work) -> None:
+        """Give a lease back that we hold; somebody else's is left alone."""
+        ours = self._is_ours(work)
+        with self._lock:
+            held = self._touched.pop(work, None) is not None
+        if held and ours:
+            with suppress(OSError):
+                self.path(work).unlink()
 
     def close(self) -> None:
-        """Release, stop the heartbeat, remove the clock file."""
+        """Stop the heartbeat, release everything, remove the clock file."""
         self._stop.set()
         self._thread.join()
-        self.release()
+        for work in list(self._touched):
+            self.release(work)
         self._clock.unlink(missing_ok=True)
 
-    def age(self, number: int) -> float | None:
+    def age(self, work: Work) -> float | None:
         """Seconds since the holder's last heartbeat on the file server's clock; None where there is no lease."""
-        self._clock.touch()
         try:
-            return self._clock.stat().st_mtime - self.path(number).stat().st_mtime
+            return time.monotonic() + self._ahead - self.path(work).stat().st_mtime
         except FileNotFoundError:
             return None
 
-    def _create(self, number: int) -> bool:
+    def _create(self, work: Work) -> bool:
+        now = time.monotonic()
         try:
-            descriptor = os.open(self.path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(self.path(work), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             os.write(descriptor, json.dumps({"name": self.name}).encode())
         except OSError:  # a full disk
-            self.path(number).unlink()
+            self.path(work).unlink()
             raise
         finally:
             os.close(descriptor)
-        self._held = number
+        with self._lock:
+            self._touched[work] = now
         return True
+
+    def _is_ours(self, work: Work) -> bool:
+        """Whether nobody took our lease over. Within the time-out after our touch nobody can have; later, the file says."""
+        touched = self._touched.get(work)
+        if touched is not None and time.monotonic() - touched < self.timeout_s:
+            return True
+        try:
+            return bool(json.loads(self.path(work).read_text())["name"] == self.name)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _read_clock(self) -> None:
+        self._clock.touch()
+        self._ahead = self._clock.stat().st_mtime - time.monotonic()
 
     def _beat(self) -> None:
         while not self._stop.wait(self.timeout_s / 5):
-            held = self._held
-            if held is not None:
+            with suppress(OSError):  # a hiccup of the file system: the work goes on, it is harmless
+                self._read_clock()
+            for work in list(self._touched):
+                now = time.monotonic()
+                if not self._is_ours(work):
+                    continue
                 try:
-                    os.utime(self.path(held))
+                    os.utime(self.path(work))
                 except OSError:
-                    continue  # taken over, or a hiccup of the file system: the work goes on, it is harmless
+                    continue
+                with self._lock:
+                    if work in self._touched:
+                        self._touched[work] = now

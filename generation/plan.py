@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import file_hash, read_json, write_atomic, write_json
 
 FREE = {"out", "captions", "lease_timeout_s", "attempts"}  # may change between two launches of one run
+READERS = 8  # threads that read sidecars
 
 
 @dataclass
@@ -124,33 +126,32 @@ def renew(config: GenerateConfig) -> None:
     write_atomic(path, to_yaml(replace(frozen, lease_timeout_s=config.lease_timeout_s, attempts=config.attempts)))
 
 
-def finished_shards(run: Path, plan: Plan) -> int:
-    """How many shards have their sidecar (one listing of the folder)."""
+def missing_shards(run: Path, plan: Plan) -> list[int]:
+    """The shards without a sidecar, in order (one listing of the folder)."""
     from stablerep.data.shards import shard_name
 
     try:
         names = set(os.listdir(run / "shards"))
     except FileNotFoundError:
-        return 0
-    return sum(f"{shard_name(k)}.json" in names for k in range(plan.shards))
+        names = set()
+    return [k for k in range(plan.shards) if f"{shard_name(k)}.json" not in names]
 
 
-def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
+def finished_shards(run: Path, plan: Plan) -> int:
+    """How many shards have their sidecar (one listing of the folder)."""
+    return plan.shards - len(missing_shards(run, plan))
+
+
+def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> list[int]:
     """Write dataset.json (also a wids index) from the sidecars; the content is the same whoever writes it.
 
-    Raises UsageError where a shard's sidecar is missing.
+    Returns the shards that are missing or torn; where there are any, nothing is written.
     """
-    from stablerep.data.shards import read_sidecar, shard_name
-
-    shards = []
-    for k in range(plan.shards):
-        sidecar = read_sidecar(run / "shards", k)
-        if sidecar is None:
-            raise UsageError(f"shard {shard_name(k)} of {run} is missing or torn: the same generate command makes it again")
-        shards.append(
-            {"url": f"shards/{shard_name(k)}.tar", "nsamples": sidecar["samples"], "filesize": sidecar["size"],
-             "sha256": sidecar["sha256"], "images": sidecar["images"]}
-        )  # fmt: skip
+    with ThreadPoolExecutor(READERS) as readers:  # a file server answers many questions at once
+        found = list(readers.map(lambda k: _shard_entry(run, k), range(plan.shards)))
+    shards = [entry for entry in found if entry is not None]
+    if len(shards) < plan.shards:
+        return [k for k, entry in enumerate(found) if entry is None]
     write_json(
         run / "dataset.json",
         {
@@ -168,6 +169,20 @@ def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> None:
             "shardlist": shards,
         },
     )
+    return []
+
+
+def _shard_entry(run: Path, shard: int) -> dict[str, Any] | None:
+    """A shard in dataset.json; None where it is missing or torn."""
+    from stablerep.data.shards import read_sidecar, shard_name
+
+    sidecar = read_sidecar(run / "shards", shard)
+    if sidecar is None:
+        return None
+    return {
+        "url": f"shards/{shard_name(shard)}.tar", "nsamples": sidecar["samples"], "filesize": sidecar["size"],
+        "sha256": sidecar["sha256"], "images": sidecar["images"],
+    }  # fmt: skip
 
 
 def _files_hash(files: list[str]) -> str:

@@ -3,25 +3,26 @@
 import os
 import time
 import traceback
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from generation.captions import read_captions
+from generation.claims import Claims
 from generation.failures import failures, given_up, record
 from generation.lease import Leases
-from generation.plan import Plan, load_plan, write_dataset
+from generation.plan import Plan, load_plan
 from generation.quality import measure
 from generation.settings import GenerateConfig, public_settings
 from generation.triage import NAN_STORM, Kind, WorkerEnds, kind_of, smaller_batch, wait_s
-from stablerep.data.shards import Sample, read_sidecar, write_shard
+from stablerep.data.shards import Sample, write_shard
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.events import Events
 from stablerep.runtime.stop import StopFlag
 
-POLL_S = 1.0
+PAUSE_S, LONG_PAUSE_S = 0.5, 4.0  # between two looks while all that is left is in other hands
+STOP_S = 5.0  # the file STOP is looked for at most so often
 STOP = "STOP"  # while this file lies in the run folder, workers end between two batches
 
 
@@ -68,14 +69,14 @@ class _Worker:
         self.stop, self.events, self.leases = stop, events, leases
         self.model: Any = None
         self.waited = 0  # times in a row that an I/O error made us wait
-        # Each worker starts at its own place, so that they seldom meet.
-        self.order = [(zlib.crc32(events.name.encode()) + k) % plan.shards for k in range(plan.shards)]
+        self.claims = Claims(run, plan, config, leases, events, node)
+        self.halted, self.stop_due = False, 0.0
 
     def loop(self) -> str:
-        """Visit shards until there is a way to end. I/O errors are waited out: a file server comes back, space is made."""
+        """Make shards until there is a way to end. I/O errors are waited out: a file server comes back, space is made."""
         while True:
             try:
-                return self.visit_all()
+                return self.make_all()
             except OSError as error:
                 seconds = wait_s(error, self.waited)
                 if seconds is None:
@@ -83,61 +84,48 @@ class _Worker:
                 self.waited += 1
                 with suppress(OSError):
                     self.events.write("waiting", fault=Kind.IO, node=self.node, why=str(error), seconds=seconds)
-                end = time.monotonic() + seconds
-                while time.monotonic() < end and not self.stop.requested:
-                    time.sleep(min(POLL_S, seconds))
+                self.pause(seconds)
 
-    def visit_all(self) -> str:
-        left = self.order
-        while True:
-            busy = False
-            for shard in left:
-                if ending := self.ending():
-                    return ending
-                busy = self.visit(shard) or busy
-            left = [k for k in left if not self.settled(k)]
-            if not left:
-                break
-            if not busy:
-                time.sleep(POLL_S)  # all that is left is in other hands; wait in case one of them dies
-        if any(read_sidecar(self.run / "shards", k) is None for k in range(self.plan.shards)):
-            return "incomplete"
-        if not (self.run / "dataset.json").exists():
-            write_dataset(self.run, self.plan, self.config)
-            self.events.write("completed")
-        return "done"
+    def make_all(self) -> str:
+        pause = PAUSE_S
+        while not (ending := self.ending()):
+            shard = self.claims.next()
+            if shard is not None:
+                self.visit(shard)
+                pause = PAUSE_S
+            elif self.claims.outcome is not None:
+                return self.claims.outcome
+            else:  # all that is left is in other hands; wait in case one of them dies
+                self.pause(pause)
+                pause = min(2 * pause, LONG_PAUSE_S)
+        return ending
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but not on after a stop signal."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.stop.requested:
+            time.sleep(min(PAUSE_S, left))
 
     def ending(self) -> str | None:
         """How to end now, `halted` or `stopped`; None while there is no reason to."""
-        if (self.run / STOP).exists():
+        if time.monotonic() >= self.stop_due:
+            self.halted = (self.run / STOP).exists()
+            self.stop_due = time.monotonic() + STOP_S
+        if self.halted:
             return "halted"
         return "stopped" if self.stop.requested else None
 
-    def settled(self, shard: int) -> bool:
-        """Whether this worker needs not look at the shard again: committed, or given up by this node."""
-        if read_sidecar(self.run / "shards", shard) is not None:
-            return True
-        return given_up(failures(self.run, shard), self.config.attempts, self.node)
-
-    def visit(self, shard: int) -> bool:
-        """Make the shard if it is free; whether we did something."""
-        if self.settled(shard):
-            return False
-        how = self.leases.claim(shard)
-        if how is None:
-            return False
+    def visit(self, shard: int) -> None:
+        """Make a shard that we claimed."""
         try:
-            if self.settled(shard):  # committed between the look and the claim
-                return False
-            self.events.write("claimed", shard=shard, how=how)
             self.make(shard)
         except (UsageError, WorkError):
             raise
         except Exception as error:
+            self.claims.put_back(shard)
             self.fail(shard, kind_of(error), error)
         finally:
-            self.leases.release()
-        return True
+            self.leases.release(shard)
 
     def make(self, shard: int) -> None:
         """Generate and commit one shard; a reason to end abandons it between two batches."""

@@ -14,7 +14,6 @@ from stablerep.runtime.rundir import read_json, read_jsonl
 
 WINDOW_S = 300.0  # "now"
 ROWS = 16
-PLAIN_CLAIM = '"how": "claimed"'  # half of all events, and a claim that matters still has its lease
 Spans = list[tuple[float, float]]
 Faults = dict[str, Counter[str]]
 
@@ -187,7 +186,7 @@ def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], di
     faults: Faults = defaultdict(Counter)
     for path in sorted((run / "events").glob("*.jsonl")):
         worker = Worker(path.stem)
-        for event in read_jsonl(path, skip=PLAIN_CLAIM):
+        for event in read_jsonl(path):
             kind, worker.seen = event["event"], float(event["time"])
             if kind == "committed":
                 commits.append(event)
@@ -204,7 +203,7 @@ def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], di
                 faults[event["fault"]][event.get("node", "?")] += 1
             counts["requeued"] += kind == "requeued"
             counts["failed"] += kind == "failed"
-            counts["taken over"] += event.get("how") == "taken over"
+            counts["taken over"] += kind == "taken over"
         if worker.started:
             workers[worker.name] = worker
     return workers, commits, dict(counts), dict(faults)
@@ -222,7 +221,7 @@ def _signs_of_life(run: Path, workers: dict[str, Worker], now: float, timeout_s:
         worker = workers.get(name)
         if worker is not None:
             worker.seen = max(worker.seen, beat)
-        if path.suffix == ".lease" and now - beat <= timeout_s:
+        if path.suffix == ".lease" and path.stem.isdigit() and now - beat <= timeout_s:
             fresh += 1
             if worker is not None:
                 worker.shard = int(path.stem)

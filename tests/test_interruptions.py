@@ -49,7 +49,7 @@ def test_term_releases_the_lease(tmp_path, nursery):
     run = tmp_path / "run"
     plan(run, REPO / "assets" / "captions.txt", limit=60, steps=50)
     (pid,) = nursery.start(run, 1)
-    wait_for(lambda: any(e["event"] == "claimed" for e in read_events(run)), 120, "a claim")
+    wait_for(lambda: list((run / "leases").glob("*.lease")), 120, "a claim")
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not alive(pid), 120, "a clean stop")
     assert not list((run / "leases").iterdir()) and not (run / "dataset.json").exists()
@@ -154,19 +154,48 @@ def test_model_that_does_not_load_is_one_line_and_no_fault_of_the_shards(caption
 
 
 def test_stale_lease_is_taken_over_and_a_fresh_one_is_not(tmp_path):
-    mine, other = Leases(tmp_path, "mine", 2.0), Leases(tmp_path, "other", 2.0)
+    mine, other = Leases(tmp_path, "mine", 20.0), Leases(tmp_path, "other", 20.0)
     try:
         assert mine.claim(1) == "claimed" and other.claim(1) is None
         old = time.time() - 100
         (tmp_path / "000002.lease").write_text(json.dumps({"name": "dead"}))
         os.utime(tmp_path / "000002.lease", (old, old))
         assert other.claim(2) == "taken over"
-        (tmp_path / "000001.lease").write_text(json.dumps({"name": "thief"}))
-        mine.release()
-        assert (tmp_path / "000001.lease").exists(), "somebody else's lease is left alone"
     finally:
         mine.close()
         other.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_that_slept_leaves_the_lease_of_its_successor_alone(tmp_path, monkeypatch):
+    mine, other = Leases(tmp_path, "mine", 20.0), Leases(tmp_path, "other", 20.0)
+    try:
+        assert mine.claim(1) == mine.claim(2) == "claimed"
+        old = time.time() - 100
+        os.utime(tmp_path / "000001.lease", (old, old))
+        assert other.claim(1) == "taken over"
+        now = time.monotonic() + 100  # as after a suspended process wakes up
+        monkeypatch.setattr("generation.lease.time.monotonic", lambda: now)
+        mine.release(1)
+        mine.release(2)
+        assert [p.name for p in tmp_path.glob("*.lease")] == ["000001.lease"]
+    finally:
+        mine.close()
+        other.close()
+
+
+def test_all_leases_that_are_held_stay_fresh(tmp_path):
+    mine, other = Leases(tmp_path, "mine", 0.5), Leases(tmp_path, "other", 0.5)
+    try:
+        assert mine.claim(1) == mine.claim(2) == mine.claim("survey") == "claimed"
+        mine.release(2)
+        first = {work: mine.path(work).stat().st_mtime for work in (1, "survey")}
+        wait_for(lambda: all(mine.path(work).stat().st_mtime > first[work] + 1 for work in first), 60, "heartbeats")
+        assert other.claim(1) is None and other.claim("survey") is None and other.claim(2) == "claimed"
+    finally:
+        mine.close()
+        other.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_claimants_of_a_stale_lease_have_one_winner(tmp_path):

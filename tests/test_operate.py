@@ -47,7 +47,7 @@ def test_stop_ends_workers_between_batches_and_the_next_launch_goes_on(tmp_path,
     run, captions = tmp_path / "run", REPO / "assets" / "captions.txt"
     plan(run, captions, limit=12, captions_per_shard=6, steps=30)
     pids = nursery.start(run, 2)
-    wait_for(lambda: sum(e["event"] == "claimed" for e in read_events(run)) >= 2, 120, "two claims")
+    wait_for(lambda: len(list((run / "leases").glob("0*.lease"))) == 2, 120, "two claims")
     assert generate.main(["--out", str(run), "--stop"]) == 0
     wait_for(lambda: not any(map(alive, pids)), 120, "a clean end")
     assert [(e["outcome"], e["signal"]) for e in read_events(run) if e["event"] == "ended"] == [("halted", None)] * 2
@@ -147,7 +147,6 @@ def made_up_run(run, now):
 
     add("fast", -1000, "started", node="n1")
     for shard, at in enumerate((-900, -250, -150, -50)):
-        add("fast", at - 40, "claimed", shard=shard, how="claimed")
         commit("fast", at, shard, 40.0)
     add("other", -200, "started", node="n2")
     commit("other", -100, 4, 50.0)
@@ -155,7 +154,7 @@ def made_up_run(run, now):
     commit("slow", -60, 5, 240.0)
     commit("slow", -40, 0, 20.0)  # made twice: harmless, and no good put
     add("gone", -1000, "started", node="n4")
-    add("gone", -900, "claimed", shard=8, how="taken over")
+    add("gone", -900, "taken over", shard=8)
     add("done", -500, "started", node="n5")
     add("done", -400, "ended", outcome="stopped")
     add("done", -400, "requeued", job="1")

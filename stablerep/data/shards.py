@@ -73,12 +73,15 @@ def write_shard(folder: Path, number: int, samples: list[Sample], extra: dict[st
 
 
 def read_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
-    """The sidecar of a committed shard, or None where the shard does not exist or its sidecar or tar is torn."""
+    """The sidecar of a committed shard, or None where the shard does not exist or its sidecar or tar is torn.
+
+    Raises OSError where the file system does not say: then nothing is known of the shard.
+    """
     path = folder / f"{shard_name(number)}.json"
     try:
         sidecar = read_json(path)
         intact = path.with_suffix(".tar").stat().st_size == sidecar["size"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return sidecar if intact else None
 

@@ -1,27 +1,44 @@
 """Events: one JSONL file per process under RUN/events/, the record of who did what, when and why."""
 
+import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stablerep.runtime.rundir import append_jsonl, read_jsonl
+from stablerep.runtime.rundir import read_jsonl
 
 
 class Events:
-    """Append events of this process to RUN/events/NAME.jsonl (started, claimed, committed, preempted, failed ...).
+    """Append events of this process to RUN/events/NAME.jsonl (started, committed, taken over, failed ...).
 
-    `always` goes into every event: ranks of training name their `life` and `rank`.
+    The file stays open. An event is a single write, so that readers and other writers see whole lines, and is on the disk or the
+    file server when `write` returns. `always` goes into every event: ranks of training name their `life` and `rank`.
     """
 
     def __init__(self, run: Path, name: str, **always: Any) -> None:
         self.name, self.always = name, always
         self.path = run / "events" / f"{name}.jsonl"
+        self._file: int | None = None
+        self._lock = threading.Lock()
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event; `kind` is a past participle such as `committed`."""
-        append_jsonl(self.path, {"time": time.time(), "event": kind, "process": self.name, **self.always, **fields})
+        """Append one event; `kind` is a past participle such as `committed`. Raises OSError; the next event opens anew."""
+        event = {"time": time.time(), "event": kind, "process": self.name, **self.always, **fields}
+        line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
+        with self._lock:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(self._file, line)
+                os.fdatasync(self._file)
+            except OSError:  # the handle may be stale
+                file, self._file = self._file, None
+                os.close(file)
+                raise
 
 
 def process_name(prefix: str) -> str:

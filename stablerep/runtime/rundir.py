@@ -76,14 +76,12 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def read_jsonl(path: Path, skip: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSONL file; a line torn by a killed writer is skipped, and those that hold the text `skip`."""
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file; a line torn by a killed writer is skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if skip is not None and skip in line:
-                continue
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:

@@ -41,7 +41,7 @@ def test_requeue_kill_and_node_loss_lose_nothing(lab, tmp_path):
     assert generate(lab, *words).returncode == 0
 
     def claims():
-        return {e["process"] for e in read_events(run) if e["event"] == "claimed"}
+        return {e["process"] for e in read_events(run) if e["event"] == "loaded"}
 
     lab.until(lambda: len(claims()) >= 3, 180, "three workers at work")
     by_task = {p.split("_")[1].split("-")[0]: p for p in claims()}
@@ -63,8 +63,8 @@ def test_signalled_element_releases_and_requeues_itself(lab, tmp_path):
     run = tmp_path / "run"
     words = [REPO / "assets" / "captions.txt", run, "--limit", "30", "--steps", "40", "--nodes", "2"]
     assert generate(lab, *words).returncode == 0
-    lab.until(lambda: any(e["event"] == "claimed" for e in read_events(run)), 120, "a claim")
-    process = next(e["process"] for e in read_events(run) if e["event"] == "claimed")
+    lab.until(lambda: any(e["event"] == "loaded" for e in read_events(run)), 120, "a claim")
+    process = next(e["process"] for e in read_events(run) if e["event"] == "loaded")
     job = process.split("-")[2]
     lab.call("scancel", "--signal=USR2", job)
     lab.until(lambda: any(e["event"] == "requeued" for e in read_events(run)), 60, "the requeue")
