@@ -233,8 +233,9 @@ def main() -> None:
         where = "one core" if device == "cpu" else "one GPU"
         print(f"{device_name(device)}, {config.dtype}, {config.steps} steps, {words.images} images a caption")
         print(f"{where}: plain {one['plain']:.3g} images/s, ours {one['ours']:.3g} images/s, {one['ratio']:.2f}x (a)")
-        print(f"{one['GFLOP']:,.3g} GFLOP an image, a matrix product {one['GFLOP/s']:,.0f} GFLOP/s: at most {one['ceiling']:.3g} "
-              f"images/s, ours is {100 * one['ours'] / one['ceiling']:.0f} % (b), plain {100 * one['plain'] / one['ceiling']:.0f} %")  # fmt: skip
+        shares = [f"{name} {100 * one[name] / one['ceiling']:.0f} %" for name in ("plain", "ours")]
+        print(f"{one['GFLOP']:,.3g} GFLOP an image; a matrix product does {one['GFLOP/s']:,.0f} GFLOP/s")
+        print(f"at most {one['ceiling']:.3g} images/s at that speed; of these {', '.join(shares)} (b)")
         if device == "cpu":
             all_cores = on_all_cores(words)
             print(f"all cores: plain {all_cores['plain']:.3g} images/s, ours {all_cores['ours']:.3g} images/s, "

@@ -92,16 +92,15 @@ def check_run(run: Path, plan: "Plan") -> str | None:
 
 def differing_captions(run: Path, count: int, device: str) -> list[str]:
     """Make the images of `count` random captions again; the ids of those whose bytes differ."""
-    from generation.captions import read_captions
     from generation.pipeline import load
     from generation.plan import load_plan
-    from generation.remake import remake, stored_images
+    from generation.remake import remake, stored
 
     plan = load_plan(run)
     rows = random.sample(range(plan.captions), min(count, plan.captions))
-    chosen = [read_captions(run / "captions.parquet", row, 1)[0] for row in rows]
+    chosen = [stored(run, plan, row) for row in rows]
     images = remake(load(run, device), chosen)
-    return [id for (id, _), row, made in zip(chosen, rows, images, strict=True) if made != stored_images(run, plan, row)]
+    return [caption.caption[0] for caption, made in zip(chosen, images, strict=True) if made != caption.images]
 
 
 def main(argv: list[str]) -> int:

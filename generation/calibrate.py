@@ -4,7 +4,7 @@ import itertools
 import platform
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ def measure(model: "TextToImage", load_s: float, longest_s: float = LONGEST_S) -
     texts = [f"a photo of a bag, number {k}" for k in range(config.captions_per_shard)]
     captions = [(caption_id(text), text) for text in texts]
     model.config = replace(config, steps=1, images_per_caption=1)
-    generate_captions(model, captions[: config.batch_size])
+    generate_captions(model, captions[: model.tuning.batch_size])
     model.config = config
 
     marks: list[float] = []  # when each batch began
@@ -48,12 +48,12 @@ def measure(model: "TextToImage", load_s: float, longest_s: float = LONGEST_S) -
         "settings": settings_of(config),
         "device": device_name(str(model.device)),
         "date": time.strftime("%Y-%m-%d"),
-        "images_per_s": batches * config.batch_size / seconds,
+        "images_per_s": batches * model.tuning.batch_size / seconds,
         "load_s": round(load_s, 2),
         "batches": batches,
         "seconds": round(seconds, 2),
         "model": model_name(config.model),
-        "attention": model.attention,
+        **asdict(model.tuning),
     }
 
 

@@ -77,8 +77,9 @@ def estimate(
         return Estimate(workers, device, None, None, None, None, currency, f"{why}: --calibrate measures it")
     shards = -(-captions // config.captions_per_shard)
     images = min(captions, config.captions_per_shard) * config.images_per_caption
-    batches = -(-images // config.batch_size)  # the last one of a shard is filled up
-    wall_s = speed.load_s + -(-shards // workers) * batches * config.batch_size / speed.images_per_s
+    size = config.batch_size if isinstance(config.batch_size, int) else 1  # `auto` fits the shards
+    batches = -(-images // size)  # the last one of a shard is filled up
+    wall_s = speed.load_s + -(-shards // workers) * batches * size / speed.images_per_s
     hours = workers * wall_s / 3600
     rate = captions * config.images_per_caption / wall_s
     return Estimate(workers, device, hours, wall_s, rate, None if price is None else price * hours, currency, speed.source)
@@ -116,6 +117,7 @@ def settings_of(config: GenerateConfig) -> dict[str, Any]:
         "steps": config.steps,
         "guided": config.guidance_scale != 1,
         "batch_size": config.batch_size,
+        "compile": config.compile,
         "resolution": generated_size(config),
     }
 

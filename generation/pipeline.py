@@ -19,6 +19,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # arXiv 2211.01095
     "unipc": ("UniPCMultistepScheduler", {}),  # arXiv 2302.04867
 }
+COMPILER: dict[str, Any] = {"mode": "reduce-overhead"}  # Inductor, with CUDA graphs on a GPU
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -55,8 +56,8 @@ class TextToImage:
             self.pipe.disable_xformers_memory_efficient_attention()
         self.tuning = tuning
         self._unet = self.pipe.unet
-        if tuning.compile:  # "reduce-overhead" records CUDA graphs on a GPU
-            self._unet = torch.compile(self.pipe.unet, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        if tuning.compile:
+            self._unet = torch.compile(self.pipe.unet, fullgraph=True, dynamic=False, **COMPILER)
         self._empty = self.encode([""])
 
     def memory_used(self) -> float:
@@ -144,7 +145,9 @@ class TextToImage:
         unet = self._unet if pipe is self.pipe else pipe.unet
         dtype = pipe.unet.dtype
         scheduler.set_timesteps(steps)
-        times = scheduler.timesteps.to(self.device)  # the scheduler keeps its own on the CPU: to read one from a GPU waits for it
+        times = scheduler.timesteps.to(
+            self.device
+        )  # the scheduler keeps its own on the CPU: to read one from a GPU waits for it
         start = start.to(self.device, memory_format=torch.channels_last)
         latents = (start * scheduler.init_noise_sigma).to(dtype)
         if guided:

@@ -14,6 +14,7 @@ from stablerep.runtime.errors import UsageError
 if TYPE_CHECKING:
     from generation.pipeline import TextToImage
     from generation.plan import Plan
+    from generation.tuning import Tuning
 
 
 @dataclass
@@ -34,25 +35,43 @@ def check_device(name: str) -> None:
         raise UsageError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
 
 
-def stored_images(run: Path, plan: "Plan", row: int) -> list[bytes]:
-    """JPEGs of the caption in this row of captions.parquet, as its shard holds them. Raises UsageError where it is not made."""
+@dataclass(frozen=True)
+class Stored:
+    """A caption of a run as its shard holds it: its id and text, its JPEGs, and the tuning that they were made with."""
+
+    caption: tuple[str, str]
+    images: list[bytes]
+    tuning: "Tuning"
+
+
+def stored(run: Path, plan: "Plan", row: int) -> Stored:
+    """The caption in this row of captions.parquet. Raises UsageError where it is not made."""
     from generation.captions import read_captions
+    from generation.tuning import Tuning
     from stablerep.data.shards import captions_of, need_sidecar, shard_name
 
-    ((id, _),) = read_captions(run / "captions.parquet", row, 1)
+    caption = read_captions(run / "captions.parquet", row, 1)[0]
     tar = run / "shards" / f"{shard_name(row // plan.captions_per_shard)}.tar"
-    places = {caption: images for caption, _, images in captions_of(need_sidecar(tar))}
+    sidecar = need_sidecar(tar)
+    places = {id: images for id, _, images in captions_of(sidecar)}
+    tuning = Tuning(sidecar["attention"], sidecar["batch_size"], sidecar["compile"])
     with open(tar, "rb") as file:
-        return [_cut(file, *place) for place in places[id]]
+        return Stored(caption, [_cut(file, *place) for place in places[caption[0]]], tuning)
 
 
-def remake(model: "TextToImage", captions: list[tuple[str, str]]) -> list[list[bytes]]:
-    """JPEGs of every image of every (id, text), made again."""
+def remake(model: "TextToImage", captions: list[Stored]) -> list[list[bytes]]:
+    """JPEGs of every image of captions, made again, each with its own tuning."""
     from generation.pipeline import generate_captions
 
-    made = generate_captions(model, captions)
-    assert made is not None  # nothing stops it
-    return made
+    made: dict[str, list[bytes]] = {}
+    for tuning in {c.tuning for c in captions}:
+        if tuning != model.tuning:
+            model.use(tuning)
+        same = [c.caption for c in captions if c.tuning == tuning]
+        images = generate_captions(model, same)
+        assert images is not None  # nothing stops it
+        made |= {id: jpegs for (id, _), jpegs in zip(same, images, strict=True)}
+    return [made[c.caption[0]] for c in captions]
 
 
 def difference(a: bytes, b: bytes) -> str:
@@ -75,7 +94,6 @@ def main(argv: list[str]) -> int:
     run, id, number = Path(config.image[0]), config.image[1], int(config.image[2])
     from pyarrow import compute, parquet
 
-    from generation.captions import read_captions
     from generation.plan import load_plan
 
     plan = load_plan(run)
@@ -84,15 +102,15 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{run} has no caption with the id {id}")
     if number >= plan.images_per_caption:
         raise UsageError(f"{run} has {plan.images_per_caption} images a caption: there is no number {number}")
-    stored = stored_images(run, plan, row)[number]
+    caption = stored(run, plan, row)
     check_device(config.device)
     from generation.pipeline import load
 
-    made = remake(load(run, config.device), read_captions(run / "captions.parquet", row, 1))[0][number]
-    if made == stored:
-        print(f"{id}.{number}: equal, {len(stored)} bytes")
+    was, made = caption.images[number], remake(load(run, config.device), [caption])[0][number]
+    if made == was:
+        print(f"{id}.{number}: equal, {len(was)} bytes")
         return 0
-    print(f"{id}.{number}: different; {difference(made, stored)}")
+    print(f"{id}.{number}: different; {difference(made, was)}")
     return 1
 
 

@@ -136,7 +136,7 @@ def largest(seconds_at: Callable[[int], float | None], images: int) -> int:
 def _seconds_an_image(model: "TextToImage") -> float:
     """Median seconds of a call of the UNet, guidance included, over its images; the first calls warm up."""
     times: list[float] = []
-    while len(times) < 4 or sum(times) < PROBE_S and len(times) < 30:
+    while len(times) < 4 or (sum(times) < PROBE_S and len(times) < 30):
         start = time.perf_counter()
         model.probe(decode=not times)
         times.append(time.perf_counter() - start)

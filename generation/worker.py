@@ -3,7 +3,9 @@
 import os
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from generation.plan import Plan, load_plan
 from generation.quality import measure
 from generation.settings import GenerateConfig, public_settings
 from generation.triage import NAN_STORM, Kind, WorkerEnds, kind_of, smaller_batch, wait_s
+from generation.tuning import agree, step_down
 from stablerep.data.shards import Sample, write_shard
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError, WorkError
@@ -38,7 +41,8 @@ def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None 
         events.write("started", device=device, node=node)
         leases = Leases(run / "leases", name, config.lease_timeout_s)
         try:
-            outcome = _Worker(run, config, plan, device, node, stop, events, leases).loop()
+            with ThreadPoolExecutor(1) as writer:
+                outcome = _Worker(run, config, plan, device, node, stop, events, leases, writer).loop()
         finally:
             leases.close()
         events.write("ended", outcome=outcome, signal=stop.requested)
@@ -53,6 +57,14 @@ def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None 
     return outcome
 
 
+@dataclass
+class _Made:
+    """A shard's images, before they are on the disk."""
+
+    samples: list[Sample]
+    sidecar: dict[str, Any]  # what is said of them there
+
+
 class _Worker:
     def __init__(
         self,
@@ -64,10 +76,12 @@ class _Worker:
         stop: StopFlag,
         events: Events,
         leases: Leases,
+        writer: ThreadPoolExecutor,
     ) -> None:
         self.run, self.config, self.plan, self.device, self.node = run, config, plan, device, node
-        self.stop, self.events, self.leases = stop, events, leases
+        self.stop, self.events, self.leases, self.writer = stop, events, leases, writer
         self.model: Any = None
+        self.writing: tuple[int, Future[None]] | None = None  # the shard that goes to the disk while the next one is made
         self.waited = 0  # times in a row that an I/O error made us wait
         self.claims = Claims(run, plan, config, leases, events, node)
         self.halted, self.stop_due = False, 0.0
@@ -93,11 +107,14 @@ class _Worker:
             if shard is not None:
                 self.visit(shard)
                 pause = PAUSE_S
+            elif self.writing:
+                self.settle()
             elif self.claims.outcome is not None:
                 return self.claims.outcome
             else:  # all that is left is in other hands; wait in case one of them dies
                 self.pause(pause)
                 pause = min(2 * pause, LONG_PAUSE_S)
+        self.settle()
         return ending
 
     def pause(self, seconds: float) -> None:
@@ -116,57 +133,110 @@ class _Worker:
         return "stopped" if self.stop.requested else None
 
     def visit(self, shard: int) -> None:
-        """Make a shard that we claimed."""
+        """Make a shard that we claimed, and let it be written behind the next one."""
         try:
-            self.make(shard)
-        except (UsageError, WorkError):
-            raise
+            made = self.make(shard)
         except Exception as error:
+            self.lose(shard, error)
+            return
+        if made is None:
+            self.events.write("released", shard=shard, signal=self.stop.requested)
+            self.leases.release(shard)
+            return
+        try:
+            self.settle()  # no more than one waits for the disk
+        finally:
+            self.writing = shard, self.writer.submit(self.commit, shard, made)
+
+    def settle(self) -> None:
+        """Wait until the shard that is being written is committed."""
+        if self.writing is None:
+            return
+        (shard, written), self.writing = self.writing, None
+        try:
+            written.result()
+            self.waited = 0
+        except Exception as error:
+            self.lose(shard, error)
+
+    def lose(self, shard: int, error: Exception) -> None:
+        """Give a shard back that an error kept from being committed."""
+        try:
+            if isinstance(error, UsageError | WorkError):
+                raise error
             self.claims.put_back(shard)
             self.fail(shard, kind_of(error), error)
         finally:
             self.leases.release(shard)
 
-    def make(self, shard: int) -> None:
-        """Generate and commit one shard; a reason to end abandons it between two batches."""
-        start = time.time()
+    def make(self, shard: int) -> _Made | None:
+        """Generate one shard; None where a reason to end came between two batches."""
         if self.model is None:
-            from generation.pipeline import TextToImage
-
-            try:
-                self.model = TextToImage(self.config, self.device)
-            except Exception as error:
-                if kind_of(error) is not Kind.SHARD:
-                    raise
-                # No fault of the shard: every other one would fail in the same way.
-                raise WorkError(f"cannot load {self.config.model} on {self.device}: {error}") from error
-            self.events.write("loaded", attention=self.model.attention, seconds=round(time.time() - start, 2))
-            start = time.time()
-        from generation.pipeline import generate_captions
-
+            self.load()
+        start = time.time()
         captions = read_captions(self.run / "captions.parquet", *self.plan.rows(shard))
         retried = self.model.retried
-        images = generate_captions(self.model, captions, stopped=self.ending)
+        images = self.generate(captions)
         if images is None:
-            self.events.write("released", shard=shard, signal=self.stop.requested)
-            return
+            return None
         settings = public_settings(self.config)
         samples = [Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)]
         retried = self.model.retried - retried
-        extra = {
-            "made_by": self.events.name,
-            "attention": self.model.attention,
-            "retried_fp32": retried,
-            "quality": measure(images, retried),
-            "seconds": round(time.time() - start, 3),
-        }
-        sidecar = write_shard(self.run / "shards", shard, samples, extra)
-        self.waited = 0
-        count = sidecar["images"]
-        self.events.write("committed", shard=shard, images=count, seconds=extra["seconds"], quality=extra["quality"])
+        return _Made(
+            samples,
+            {
+                "made_by": self.events.name,
+                **asdict(self.model.tuning),
+                "retried_fp32": retried,
+                "quality": measure(images, retried),
+                "seconds": round(time.time() - start, 3),
+            },
+        )
+
+    def load(self) -> None:
+        """Load the pipeline and set it up for this device."""
+        from generation.pipeline import TextToImage
+
+        start = time.time()
+        try:
+            model = TextToImage(self.config, self.device)
+            loaded = time.time()
+            workers = (self.plan.estimate or {}).get("workers", 1)
+            model.use(agree(self.run, model, self.plan.images // workers))
+            if model.tuning.compile:
+                model.probe(decode=False)  # it compiles at the first call
+        except Exception as error:
+            if kind_of(error) is not Kind.SHARD or isinstance(error, UsageError | WorkError):
+                raise
+            # No fault of the shard: every other one would fail in the same way.
+            raise WorkError(f"cannot load {self.config.model} on {self.device}: {error}") from error
+        self.model = model
+        seconds = {"seconds": round(time.time() - start, 2), "tuning_s": round(time.time() - loaded, 2)}
+        self.events.write("loaded", **asdict(model.tuning), **seconds)
+
+    def generate(self, captions: list[tuple[str, str]]) -> list[list[bytes]] | None:
+        """JPEGs of captions; where a batch of `auto` size does not fit any more, with smaller ones."""
+        from generation.pipeline import generate_captions
+
+        while True:
+            try:
+                return generate_captions(self.model, captions, stopped=self.ending)
+            except Exception as error:
+                smaller = step_down(self.run, self.model) if kind_of(error) is Kind.OOM else None
+                if smaller is None:
+                    raise
+            self.events.write("smaller batch", fault=Kind.OOM, node=self.node, batch_size=smaller.batch_size)
+            self.model.use(smaller)  # after the exception is gone, and with it the tensors that it holds
+
+    def commit(self, shard: int, made: _Made) -> None:
+        """Write a shard, say so, give its lease back; in the writer's thread."""
+        sidecar = write_shard(self.run / "shards", shard, made.samples, made.sidecar)
+        count, retried = sidecar["images"], sidecar["retried_fp32"]
+        self.events.write("committed", shard=shard, images=count, seconds=sidecar["seconds"], quality=sidecar["quality"])
         if retried > NAN_STORM * count:
             why = f"{retried} of {count} images were not finite in {self.config.dtype}"
             self.events.write("nan storm", fault=Kind.NAN, shard=shard, node=self.node, why=why)
+        self.leases.release(shard)
 
     def fail(self, shard: int, kind: Kind, error: Exception) -> None:
         """Do what `triage` says of this kind of error: raise what ends or halts this worker, or record a failed attempt."""
@@ -174,7 +244,7 @@ class _Worker:
         if kind is Kind.IO:
             raise error
         if kind is Kind.OOM:
-            hint = smaller_batch(self.config.batch_size)
+            hint = smaller_batch(self.model.tuning.batch_size if self.model else 1)
             raise WorkerEnds(kind, f"out of memory on {self.device} of {self.node} ({why}): {hint}") from error
         record(self.run, shard, fault=kind, node=self.node, why=why, worker=self.events.name, trace=traceback.format_exc())
         if kind is Kind.GPU:

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     started = time.time()
     if missing:
         renew(config)
-        ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus) for _ in range(missing)], fresh)
+        ids = submit(cluster, run, shape, [GenerateTask(str(run), gpus, cluster.scratch)] * missing, fresh)
         print(f"submitted {len(ids)} jobs: {' '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}")
     else:
         print(f"{len(active)} jobs are already queued or running")

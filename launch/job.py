@@ -34,10 +34,11 @@ def _fail(error: Exception) -> NoReturn:
 
 @dataclass
 class GenerateTask:
-    """One worker a task: on GPU nodes one a GPU."""
+    """One worker a task: on GPU nodes one a GPU. `scratch` is the cluster file's."""
 
     run: str
     gpus: int
+    scratch: str | None = None
 
     def __call__(self) -> str:
         """Work until nothing is left, or until told to stop: by a signal it requeues itself, by the file STOP it does not.
@@ -48,6 +49,7 @@ class GenerateTask:
         from generation.worker import work
 
         stop = StopFlag().install()  # after submitit's own handlers, which it replaces
+        preflight.keep_caches_local(preflight.scratch_folder(self.scratch))
         rank = JobEnvironment().local_rank
         run, name, node = Path(self.run), process_name(f"generate-{rank}"), slurm.own_node()
         events = Events(run, name)

@@ -176,7 +176,7 @@ def test_nonfinite_latents_are_made_again_in_fp32(captions, reference):
 
     def poisoned(*args, **kwargs):
         out = real(*args, **kwargs)
-        out.sample[1] = float("nan")
+        out[0][1] = float("nan")
         return out
 
     model.pipe.unet.forward = poisoned

@@ -63,13 +63,18 @@ def encode_shard(samples: list[Sample]) -> tuple[bytes, dict[str, Any]]:
 def write_shard(folder: Path, number: int, samples: list[Sample], extra: dict[str, Any]) -> dict[str, Any]:
     """Commit a shard: the tar first, then its sidecar, each by temporary name, fsync, rename. Returns the sidecar.
 
-    `extra` (who made it, counters) goes into the sidecar, never into the tar, whose bytes must not depend on it.
+    `extra` (who made it, counters) goes into the sidecar, never into the tar, whose bytes must not depend on it. Two writers
+    of one shard, on GPUs that round differently, leave a tar and a sidecar of the same one: whoever finds after its sidecar
+    that the tar is not its own writes both again.
     """
     data, sidecar = encode_shard(samples)
     sidecar.update(extra)
-    write_atomic(folder / f"{shard_name(number)}.tar", data)
-    write_atomic(folder / f"{shard_name(number)}.json", json.dumps(sidecar, ensure_ascii=False))
-    return sidecar
+    tar, text = folder / f"{shard_name(number)}.tar", json.dumps(sidecar, ensure_ascii=False)
+    while True:
+        ours = write_atomic(tar, data)
+        write_atomic(tar.with_suffix(".json"), text)
+        if tar.stat().st_ino == ours:
+            return sidecar
 
 
 def read_sidecar(folder: Path, number: int) -> dict[str, Any] | None:

@@ -20,10 +20,10 @@ def data_folder(name: str) -> Path:
     return installed if installed.is_dir() else REPO / name
 
 
-def write_atomic(path: Path, data: bytes | str | Iterator[bytes | memoryview]) -> None:
+def write_atomic(path: Path, data: bytes | str | Iterator[bytes | memoryview]) -> int:
     """Write a file so that a reader sees all of it or none: temporary name, fsync, rename, fsync of the folder.
 
-    `data` may come in pieces.
+    `data` may come in pieces. Returns the file's inode, by which one can tell that nobody has replaced it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
@@ -33,11 +33,13 @@ def write_atomic(path: Path, data: bytes | str | Iterator[bytes | memoryview]) -
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
+            inode = os.fstat(file.fileno()).st_ino
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    return inode
 
 
 def sync_folder(folder: Path) -> None:
