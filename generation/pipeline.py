@@ -57,7 +57,7 @@ class TextToImage:
         self.tuning = tuning
         self._unet = self.pipe.unet
         if tuning.compile:
-            self._unet = torch.compile(self.pipe.unet, fullgraph=True, dynamic=False, **COMPILER)
+            self._unet = torch.compile(self.pipe.unet, dynamic=False, **COMPILER)
         self._empty = self.encode([""])
 
     def memory_used(self) -> float:

@@ -2,7 +2,7 @@
 
 | kind         | what it is                              | what the worker does                                          |
 |--------------|-----------------------------------------|---------------------------------------------------------------|
-| `oom`        | a batch does not fit the memory         | releases the shard and ends; its line names a `--batch-size`  |
+| `oom`        | a batch does not fit the memory         | halves a batch of `auto` size; else releases the shard, ends  |
 | `gpu`        | CUDA, cuDNN, ECC, the driver            | releases the shard and ends; its job moves to another node    |
 | `io`         | full disk, stale handle, no file server | releases the shard, waits, goes on; ends after the last wait  |
 | `shard`      | any other: a caption, a mistake of ours | records the failure, goes on with the next shard              |
@@ -10,7 +10,7 @@
 | `preemption` | a signal before the wall time is due    | releases the shard and ends; its job is requeued              |
 | `walltime`   | the warning ahead of the job's end      | the same                                                      |
 
-Out of memory is not met with a smaller batch: an image's bytes depend on the shape of its batch, which is part of the plan.
+A batch size that was asked for is not made smaller: an image's last bits depend on it, and it is part of the plan.
 `oom` and `io` are no fault of a shard; `gpu` and `shard` count as failed attempts at it (see `failures`). Events and failures
 name the kind as `fault`.
 """

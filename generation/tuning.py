@@ -82,12 +82,13 @@ def step_down(run: Path, model: "TextToImage") -> Tuning | None:
 
 
 def measure(model: "TextToImage", images: int) -> tuple[Tuning, dict[str, Any]]:
-    """Measure on the model's device what is `auto`, and leave the model set so; the tuning, and the seconds an image.
+    """Measure on the model's device what is `auto`, and leave the model set so; the tuning, and what it rests on.
 
     Raises UsageError where a kernel that was asked for does not run.
     """
-    config, seconds = model.config, {}
-    tuning = default_tuning(config)
+    config, tuning = model.config, default_tuning(model.config)
+    seconds: dict[str, float] = {}  # an image and step
+    measured: dict[str, Any] = {"seconds an image and step": seconds}
     if config.attention == "auto":
         for name in ("sdpa", "xformers"):
             try:
@@ -113,11 +114,16 @@ def measure(model: "TextToImage", images: int) -> tuple[Tuning, dict[str, Any]]:
         eager = _seconds_an_image(model)
         seconds["eager"] = eager
         if eager * config.steps * GAIN * images > PAYS * WARM_UP_S:
-            model.use(replace(tuning, compile=True))
-            seconds["compiled"] = _seconds_an_image(model)
-            tuning = replace(tuning, compile=seconds["compiled"] < eager)
+            try:
+                model.use(replace(tuning, compile=True))
+                seconds["compiled"] = _seconds_an_image(model)
+            except Exception as error:  # no compiler, an operation it does not know, no memory for graphs
+                if kind_of(error) is Kind.GPU:
+                    raise
+                measured["not compiled"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            tuning = replace(tuning, compile=seconds.get("compiled", eager) < eager)
     model.use(tuning)
-    return tuning, {f"{name}, seconds an image and step": round(value, 5) for name, value in seconds.items()}
+    return tuning, measured
 
 
 def largest(seconds_at: Callable[[int], float | None], images: int) -> int:

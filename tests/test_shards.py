@@ -11,6 +11,7 @@ import pytest
 from helpers import REPO
 
 from generation.identity import caption_id
+from stablerep.data import shards
 from stablerep.data.shards import DatasetIndex, Sample, encode_shard, read_sidecar, write_shard
 from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import read_json
@@ -35,6 +36,24 @@ os.fsync, os.replace, os.open = bomb(os.fsync), bomb(os.replace), bomb(os.open)
 write_shard(Path({folder!r}), 0, SAMPLES, {{}})
 print(count)
 """
+
+
+def test_two_writers_that_round_differently_leave_one_shard_not_a_mixture(tmp_path, monkeypatch):
+    theirs = [Sample(s.id, s.text, [image[::-1] + b"!" for image in s.images], s.meta) for s in SAMPLES]
+    real, calls = shards.write_atomic, []
+
+    def with_another_between(path, data):
+        calls.append(path.suffix)
+        inode = real(path, data)
+        if len(calls) == 1:  # ours lies between tar and sidecar; another worker commits the same shard
+            write_shard(tmp_path, 0, theirs, {})
+        return inode
+
+    monkeypatch.setattr(shards, "write_atomic", with_another_between)
+    ours = write_shard(tmp_path, 0, SAMPLES, {})
+    assert calls == [".tar", ".tar", ".json", ".json", ".tar", ".json"]
+    assert read_sidecar(tmp_path, 0) == ours == encode_shard(SAMPLES)[1]
+    assert (tmp_path / "000000.tar").read_bytes() == encode_shard(SAMPLES)[0]
 
 
 def test_offsets_are_right():
