@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MEMORY = "450MB"  # what DuckDB may hold before it spills; the process takes up to 400 MB more
-THREADS = 8  # at most: each holds buffers, which this memory must hold
+THREADS = 4  # at most: each holds buffers, which this memory must hold
 ROW_GROUP = 32768
 # What Python's str.strip() removes, in RE2's syntax: DuckDB's own trim() knows only the space. Most lines need no such search.
 SPACE = r"[\s\x0B\x1C-\x1F\x{85}\p{Z}]"
@@ -53,7 +53,7 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
     database.execute(f"SET temp_directory={quote(str(spill))}; SET memory_limit='{MEMORY}'; SET preserve_insertion_order=false")
     database.execute(f"SET threads={min(THREADS, len(os.sched_getaffinity(0)))}")
     database.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")  # else query_progress() knows nothing
-    lines = " UNION ALL ".join(select(database, path, column) for path in files)
+    lines = select(database, files, column)
     query = f"SELECT {NUMBER} AS id, text FROM (SELECT {CLEAN} AS text FROM ({lines})) ORDER BY id"
     counts = CaptionCounts()
     try:
