@@ -1,10 +1,11 @@
 """A list of captions of any length, cleaned, de-duplicated, given ids and ordered by id.
 
-DuckDB reads, strips, hashes and sorts, in bounded memory; its rows then pass through Arrow in the order of their ids, where equal
-captions are neighbours, and into the file. The file's bytes depend on the set of captions alone.
+DuckDB reads, strips, hashes and sorts, in bounded memory; its rows then pass through Arrow in the order of their ids, in which
+equal captions are neighbours, and into the file. The file's bytes depend on the set of captions alone.
 """
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,6 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
     nothing left, two captions of one id; WorkError: no room to sort; OSError: no room for `target`. Then there is no `target`.
     """
     import duckdb
-    import pyarrow as pa
 
     files = expand(patterns)
     database = duckdb.connect()
@@ -60,9 +60,11 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
         with percent("captions", database.query_progress):
             rows = database.sql(query).to_arrow_reader(ROW_GROUP)  # returns when all is sorted
             _write(target, _row_groups(_unique(rows, counts), limit, counts))
-    except (duckdb.Error, pa.ArrowException) as error:
+    except (duckdb.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of `target`; DuckDB's, when they come through Arrow, have no number
+            raise
         if "max_temp_directory_size" in str(error) or "No space left" in str(error):
-            raise WorkError(f"no room to sort the captions in {spill.parent}: set TMPDIR to a folder with more") from None
+            raise WorkError(f"no room to sort the captions in {tempfile.gettempdir()}: TMPDIR=FOLDER names another") from None
         raise UsageError(f"cannot read captions: {first_line(error)}") from None
     if counts.kept == 0:
         target.unlink()

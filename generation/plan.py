@@ -55,8 +55,8 @@ def make_plan(
 ) -> tuple[Plan, CaptionCounts]:
     """Read the captions and make the plan; with `write`, freeze both (and the config) in the run folder.
 
-    The captions are sorted in TMPDIR. `cost` gives the plan's estimate. Raises UsageError: bad captions, WorkError: a full disk;
-    then nothing is planned.
+    The captions are sorted in TMPDIR. `cost` gives the plan's estimate. Raises UsageError (bad captions) or WorkError
+    (a full disk); then nothing is planned.
     """
     if not config.captions:
         raise UsageError("--captions FILE is missing: a list of captions (txt, csv, tsv, jsonl, parquet)")
