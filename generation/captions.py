@@ -100,9 +100,9 @@ def _unique(batches: "Iterable[pa.RecordBatch]", counts: CaptionCounts) -> "Iter
         rows = pa.concat_tables([last, pa.Table.from_batches([batch])]) if last.num_rows else pa.Table.from_batches([batch])
         ids, texts = rows["id"].to_numpy(), rows["text"]
         repeats = np.flatnonzero(ids[1:] == ids[:-1]) + 1
-        differ = pc.filter(pa.array(repeats), pc.not_equal(texts.take(repeats), texts.take(repeats - 1)))
-        if len(differ):
-            one, other = sorted(texts.take([differ[0].as_py() - 1, differ[0]]).to_pylist())
+        clashes = repeats[pc.not_equal(texts.take(repeats), texts.take(repeats - 1)).to_numpy()]
+        if len(clashes):
+            one, other = sorted(texts.take([clashes[0] - 1, clashes[0]]).to_pylist())
             raise UsageError(f"two captions have the same id: {one[:80]!r} and {other[:80]!r}: leave one of them out")
         first = np.ones(len(ids), bool)
         first[repeats] = False
