@@ -18,7 +18,8 @@ from stablerep.runtime.percent import percent
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MEMORY = "450MB"  # what DuckDB may hold before it spills; the process takes up to 400 MB more
+# What DuckDB may hold before it spills; the process takes up to 400 MB more. Very long captions do not fit, and get the second.
+MEMORY = ("450MB", "4GB")
 THREADS = 4  # at most: each holds buffers, which this memory must hold
 ROW_GROUP = 32768
 # What Python's str.strip() removes, in RE2's syntax: DuckDB's own trim() knows only the space. Most lines need no such search.
@@ -49,26 +50,40 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
     import duckdb
 
     files = expand(patterns)
+    for memory in MEMORY:
+        try:
+            counts = _sort(files, column, limit, target, spill, memory)
+        except (duckdb.Error, OSError) as error:
+            if (
+                isinstance(error, OSError) and error.errno
+            ):  # of `target`; DuckDB's, when they come through Arrow, have no number
+                raise
+            if "max_temp_directory_size" in str(error) or "No space left" in str(error):
+                folder = tempfile.gettempdir()
+                raise WorkError(f"no room to sort the captions in {folder}: TMPDIR=FOLDER names another") from None
+            if "Out of Memory" in str(error) and memory != MEMORY[-1]:
+                continue
+            raise UsageError(f"cannot read captions: {first_line(error)}") from None
+        break
+    if counts.kept == 0:
+        target.unlink()
+        raise UsageError(f"no caption in {', '.join(files)}: every line is empty")
+    return counts
+
+
+def _sort(files: list[str], column: str | None, limit: int | None, target: Path, spill: Path, memory: str) -> CaptionCounts:
+    import duckdb
+
     database = duckdb.connect()
-    database.execute(f"SET temp_directory={quote(str(spill))}; SET memory_limit='{MEMORY}'; SET preserve_insertion_order=false")
+    database.execute(f"SET temp_directory={quote(str(spill))}; SET memory_limit='{memory}'; SET preserve_insertion_order=false")
     database.execute(f"SET threads={min(THREADS, len(os.sched_getaffinity(0)))}")
     database.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")  # else query_progress() knows nothing
     lines = select(database, files, column)
     query = f"SELECT {NUMBER} AS id, text FROM (SELECT {CLEAN} AS text FROM ({lines})) ORDER BY id"
     counts = CaptionCounts()
-    try:
-        with percent("captions", database.query_progress):
-            rows = database.sql(query).to_arrow_reader(ROW_GROUP)  # returns when all is sorted
-            _write(target, _row_groups(_unique(rows, counts), limit, counts))
-    except (duckdb.Error, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # of `target`; DuckDB's, when they come through Arrow, have no number
-            raise
-        if "max_temp_directory_size" in str(error) or "No space left" in str(error):
-            raise WorkError(f"no room to sort the captions in {tempfile.gettempdir()}: TMPDIR=FOLDER names another") from None
-        raise UsageError(f"cannot read captions: {first_line(error)}") from None
-    if counts.kept == 0:
-        target.unlink()
-        raise UsageError(f"no caption in {', '.join(files)}: every line is empty")
+    with percent("captions", database.query_progress):
+        rows = database.sql(query).to_arrow_reader(ROW_GROUP)  # returns when all is sorted
+        _write(target, _row_groups(_unique(rows, counts), limit, counts))
     return counts
 
 

@@ -141,17 +141,17 @@ def test_what_python_would_make_of_dirty_strings(tmp_path, monkeypatch, limit):
 
 def test_bytes_do_not_depend_on_threads_memory_or_order(tmp_path, monkeypatch):
     draw = random.Random(0)
-    texts = [draw.randbytes(250).hex() for _ in range(170000)]  # 85 MB that compress badly
+    texts = [draw.randbytes(40).hex() for _ in range(400000)]  # 32 MB that compress badly
     texts += texts[:30000]
     made = []
     for order, threads, memory in (
         (texts, 1, "450MB"),
         (texts, 2, "450MB"),
-        (texts[::-1], 2, "90MB"),
-        (texts, 2, "90MB'; SET max_temp_directory_size='1MB"),
+        (texts[::-1], 2, "60MB"),
+        (texts, 2, "60MB'; SET max_temp_directory_size='1MB"),
     ):
         monkeypatch.setattr(lists, "THREADS", threads)
-        monkeypatch.setattr(lists, "MEMORY", memory)
+        monkeypatch.setattr(lists, "MEMORY", (memory,))
         pyarrow.parquet.write_table(pyarrow.table({"text": order}), tmp_path / "a.parquet", row_group_size=10000)
         target = tmp_path / f"{len(made)}.parquet"
         if "1MB" in memory:  # so the one before did spill
@@ -163,6 +163,17 @@ def test_bytes_do_not_depend_on_threads_memory_or_order(tmp_path, monkeypatch):
             made.append(target.read_bytes())
     assert made[0] == made[1] == made[2]
     assert pyarrow.parquet.ParquetFile(tmp_path / "0.parquet").num_row_groups > 4
+
+
+def test_captions_that_need_more_memory_get_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"{i} {'long ' * 100000}\n" for i in range(100)))
+    for memory in (("20MB",), ("20MB", "1GB")):
+        monkeypatch.setattr(lists, "MEMORY", memory)
+        if len(memory) == 1:
+            with pytest.raises(UsageError, match="cannot read captions: Out of Memory"):
+                prepare([str(tmp_path / "a.txt")], None, None, tmp_path / "o.parquet", tmp_path / "s")
+        else:
+            assert prepare([str(tmp_path / "a.txt")], None, None, tmp_path / "o.parquet", tmp_path / "s").kept == 100
 
 
 @pytest.mark.parametrize("batch", [1, 2048])
