@@ -7,6 +7,7 @@ equal captions are neighbours, and into the file. The file's bytes depend on the
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,13 @@ def _sort(files: list[str], column: str | None, limit: int | None, target: Path,
     lines = select(database, files, column)
     query = f"SELECT {NUMBER} AS id, text FROM (SELECT {CLEAN} AS text FROM ({lines})) ORDER BY id"
     counts = CaptionCounts()
-    with percent("captions", database.query_progress):
-        rows = database.sql(query).to_arrow_reader(ROW_GROUP)  # returns when all is sorted
+    with percent("captions", database.query_progress), ThreadPoolExecutor(1) as pool:
+        sorting = pool.submit(lambda: database.sql(query).to_arrow_reader(ROW_GROUP))  # in a thread, else Ctrl-C has to wait
+        try:
+            rows = sorting.result()
+        except BaseException:
+            database.interrupt()
+            raise
         _write(target, _row_groups(_unique(rows, counts), limit, counts))
     return counts
 

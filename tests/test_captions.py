@@ -3,8 +3,11 @@
 import errno
 import gzip
 import json
+import os
 import random
+import signal
 import sys
+import threading
 import time
 from unittest.mock import Mock
 
@@ -202,6 +205,19 @@ def test_full_disk_while_planning_is_one_line_and_leaves_nothing(tmp_path, capti
     assert not (tmp_path / "run").exists()
     plan(tmp_path / "run", captions)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"captions.parquet", "config.yaml", "plan.json"}
+
+
+def test_ctrl_c_does_not_wait_for_the_sort(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "CLEAN", "(SELECT sum(i)::VARCHAR FROM range(50000000000) t(i))")  # about a minute
+    (tmp_path / "a.txt").write_text("one\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(tmp_path / "a.txt")], None, None, tmp_path / "o.parquet", tmp_path / "s")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "o.parquet").exists()
 
 
 def test_progress_of_a_long_call(capsys, monkeypatch):
