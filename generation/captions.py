@@ -55,9 +55,7 @@ def prepare(patterns: list[str], column: str | None, limit: int | None, target: 
         try:
             counts = _sort(files, column, limit, target, spill, memory)
         except (duckdb.Error, OSError) as error:
-            if (
-                isinstance(error, OSError) and error.errno
-            ):  # of `target`; DuckDB's, when they come through Arrow, have no number
+            if isinstance(error, OSError) and error.errno:  # of `target`: DuckDB's come through Arrow without a number
                 raise
             if "max_temp_directory_size" in str(error) or "No space left" in str(error):
                 folder = tempfile.gettempdir()
