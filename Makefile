@@ -27,6 +27,7 @@ bench: install
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/checkpoint.py
 	$(PY) benchmarks/status.py
+	$(PY) benchmarks/captions.py
 
 check: install
 	.venv/bin/ruff format --check launch generation stablerep tests benchmarks

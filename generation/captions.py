@@ -1,87 +1,94 @@
-"""Reading caption lists: any common format, cleaned, de-duplicated, given ids and ordered by id, inside DuckDB."""
+"""A list of captions of any length, cleaned, de-duplicated, given ids and ordered by id.
 
-import glob
+DuckDB reads, strips, hashes and sorts, in bounded memory; its rows then pass through Arrow in the order of their ids, in which
+equal captions are neighbours, and into the file. The file's bytes depend on the set of captions alone.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stablerep.runtime.errors import UsageError
+from generation.caption_files import expand, first_line, quote, select
+from stablerep.runtime.errors import UsageError, WorkError
+from stablerep.runtime.percent import percent
 
-COLUMNS = ["caption", "text", "captions", "prompt", "description", "title"]
-FORMATS = ["txt", "csv", "tsv", "jsonl", "parquet"]
-# What Python's str.strip() removes, in RE2's syntax: DuckDB's own trim() knows only the space.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What DuckDB may hold before it spills; the process takes up to 400 MB more. Very long captions do not fit, and get the second.
+MEMORY = ("450MB", "4GB")
+THREADS = 4  # at most: each holds buffers, which this memory must hold
+ROW_GROUP = 32768
+# What Python's str.strip() removes, in RE2's syntax: DuckDB's own trim() knows only the space. Most lines need no such search.
 SPACE = r"[\s\x0B\x1C-\x1F\x{85}\p{Z}]"
+CLEAN = (
+    "CASE WHEN x[1] BETWEEN '!' AND '~' AND x[-1] BETWEEN '!' AND '~' THEN x "
+    f"ELSE regexp_replace(coalesce(x, ''), '^{SPACE}+|{SPACE}+$', '', 'g') END"
+)
+NUMBER = "('0x' || substr(sha256(text), 1, 16))::UBIGINT"  # the id as an integer, which sorts in half the time
 
 
 @dataclass
 class CaptionCounts:
     """How many lines were read, dropped and kept."""
 
-    lines: int
-    empty: int
-    duplicates: int
-    kept: int
-
-
-def expand(patterns: list[str]) -> list[str]:
-    """The files that paths and globs name, sorted. Raises UsageError where one names nothing."""
-    files: list[str] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if Path(pattern).exists() else [])
-        if not found:
-            raise UsageError(f"no caption file {pattern}")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def file_format(path: str) -> str:
-    """The format a file's name says, compression aside. Raises UsageError."""
-    suffixes = [s.lower().lstrip(".") for s in Path(path).suffixes]
-    if suffixes and suffixes[-1] in ("gz", "zst"):
-        suffixes.pop()
-    kind = suffixes[-1] if suffixes else ""
-    kind = {"ndjson": "jsonl", "pq": "parquet"}.get(kind, kind)
-    if kind not in FORMATS:
-        raise UsageError(f"{path}: unknown caption format; expected {', '.join(FORMATS)}, each also as .gz or .zst")
-    return kind
+    lines: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    kept: int = 0
 
 
 def prepare(patterns: list[str], column: str | None, limit: int | None, target: Path, spill: Path) -> CaptionCounts:
     """Write `target`, a parquet file (id, text) ordered by id, from caption files; DuckDB spills to the folder `spill`.
 
-    Raises UsageError: no such file, unknown format, no caption column, not UTF-8, nothing left.
+    Its folder is made when the files are read. Raises UsageError: no such file, unknown format, no caption column, not UTF-8,
+    nothing left, two captions of one id; WorkError: no room to sort; OSError: no room for `target`. Then there is no `target`.
     """
     import duckdb
 
     files = expand(patterns)
+    for memory in MEMORY:
+        try:
+            counts = _sort(files, column, limit, target, spill, memory)
+        except (duckdb.Error, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # of `target`: DuckDB's come through Arrow without a number
+                raise
+            if "max_temp_directory_size" in str(error) or "No space left" in str(error):
+                folder = tempfile.gettempdir()
+                raise WorkError(f"no room to sort the captions in {folder}: TMPDIR=FOLDER names another") from None
+            if "Out of Memory" in str(error) and memory != MEMORY[-1]:
+                continue
+            raise UsageError(f"cannot read captions: {first_line(error)}") from None
+        break
+    if counts.kept == 0:
+        target.unlink()
+        raise UsageError(f"no caption in {', '.join(files)}: every line is empty")
+    return counts
+
+
+def _sort(files: list[str], column: str | None, limit: int | None, target: Path, spill: Path, memory: str) -> CaptionCounts:
+    import duckdb
+
     database = duckdb.connect()
-    database.execute(f"SET temp_directory={_quote(str(spill))}; SET preserve_insertion_order=false")
-    database.execute("SET memory_limit='2GB'")  # beyond it DuckDB spills, at no cost in time; its default is 80 % of the node
-    database.execute("SET enable_progress_bar=false")
-    parts = [_select(database, path, column, spill) for path in files]
-    try:
-        database.execute(
-            f"CREATE TEMP VIEW lines AS SELECT regexp_replace(x, '^{SPACE}+|{SPACE}+$', '', 'g') AS text "
-            f"FROM ({' UNION ALL '.join(parts)})"
-        )
-        database.execute("CREATE TEMP TABLE kept AS SELECT text, count(*) AS n FROM lines GROUP BY text")
-        row = database.execute(
-            "SELECT coalesce(sum(n), 0), coalesce(sum(n) FILTER (WHERE coalesce(text, '') = ''), 0), "
-            "count(*) FILTER (WHERE text <> '') FROM kept"
-        ).fetchone()
-        assert row is not None
-        lines, empty, unique = map(int, row)
-        if unique == 0:
-            raise UsageError(f"no caption in {', '.join(files)}: every line is empty")
-        cut = f"LIMIT {limit}" if limit is not None else ""
-        database.execute(
-            f"COPY (SELECT substr(sha256(text), 1, 16) AS id, text FROM kept WHERE text <> '' ORDER BY id {cut}) "
-            f"TO {_quote(str(target))} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 16384)"
-        )
-    except duckdb.Error as error:
-        raise UsageError(f"cannot read captions: {_first_line(error)}") from None
-    kept = unique if limit is None else min(limit, unique)
-    return CaptionCounts(lines, empty, lines - empty - unique, kept)
+    database.execute(f"SET temp_directory={quote(str(spill))}; SET memory_limit='{memory}'; SET preserve_insertion_order=false")
+    database.execute(f"SET threads={min(THREADS, len(os.sched_getaffinity(0)))}")
+    database.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")  # else query_progress() knows nothing
+    lines = select(database, files, column)
+    query = f"SELECT {NUMBER} AS id, text FROM (SELECT {CLEAN} AS text FROM ({lines})) ORDER BY id"
+    counts = CaptionCounts()
+    with percent("captions", database.query_progress), ThreadPoolExecutor(1) as pool:
+        sorting = pool.submit(lambda: database.sql(query).to_arrow_reader(ROW_GROUP))  # in a thread, else Ctrl-C has to wait
+        try:
+            rows = sorting.result()
+        except BaseException:
+            database.interrupt()
+            raise
+        _write(target, _row_groups(_unique(rows, counts), limit, counts))
+    return counts
 
 
 def read_captions(path: Path, start: int, count: int) -> list[tuple[str, str]]:
@@ -101,45 +108,65 @@ def read_captions(path: Path, start: int, count: int) -> list[tuple[str, str]]:
     return rows
 
 
-def _select(database: Any, path: str, column: str | None, spill: Path) -> str:
-    """SQL that yields the captions of one file as a column `x`."""
-    import duckdb
+def _unique(batches: "Iterable[pa.RecordBatch]", counts: CaptionCounts) -> "Iterator[pa.Table]":
+    """Sorted rows without repeats and empty lines, which are counted. Raises UsageError where one id has two texts."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    kind = file_format(path)
-    name = _quote(path)
-    if kind == "txt":
-        # One column a line: a separator that no text holds, no quoting.
-        return (
-            f"SELECT x FROM read_csv({name}, columns={{'x': 'VARCHAR'}}, header=false, delim='\x01', quote='', "
-            "escape='', auto_detect=false, strict_mode=false)"
-        )
-    reader = {
-        "csv": f"read_csv({name}, header=true, delim=',', quote='\"', escape='\"', all_varchar=true)",
-        "tsv": f"read_csv({name}, header=true, delim='\t', quote='\"', escape='\"', all_varchar=true)",
-        "jsonl": f"read_json({name}, format='newline_delimited')",
-        "parquet": f"read_parquet({name})",
-    }[kind]
+    last = pa.table({})  # the row before this batch
+    for batch in batches:
+        rows = pa.concat_tables([last, pa.Table.from_batches([batch])]) if last.num_rows else pa.Table.from_batches([batch])
+        ids, texts = rows["id"].to_numpy(), rows["text"]
+        repeats = np.flatnonzero(ids[1:] == ids[:-1]) + 1
+        clashes = repeats[pc.not_equal(texts.take(repeats), texts.take(repeats - 1)).to_numpy()]
+        if len(clashes):
+            one, other = sorted(texts.take([clashes[0] - 1, clashes[0]]).to_pylist())
+            raise UsageError(f"two captions have the same id: {one[:80]!r} and {other[:80]!r}: leave one of them out")
+        first = np.ones(len(ids), bool)
+        first[repeats] = False
+        first[: last.num_rows] = False
+        filled = pc.binary_length(texts).to_numpy() > 0
+        counts.lines += len(batch)
+        counts.empty += int((~filled[last.num_rows :]).sum())
+        counts.duplicates += int((filled & ~first)[last.num_rows :].sum())
+        last = rows.slice(len(ids) - 1)
+        yield rows.filter(pa.array(first & filled))
+
+
+def _row_groups(tables: "Iterable[pa.Table]", limit: int | None, counts: CaptionCounts) -> "Iterator[pa.Table]":
+    """The first `limit` rows in tables of ROW_GROUP rows, however they came; all of `tables` is read."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    for table in tables:
+        part = table if limit is None else table.slice(0, limit - counts.kept)
+        counts.kept += part.num_rows
+        waiting.append(part)
+        while sum(map(len, waiting)) >= ROW_GROUP:
+            rows = pa.concat_tables(waiting)
+            yield rows.slice(0, ROW_GROUP)
+            waiting = [rows.slice(ROW_GROUP)]
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting)
+
+
+def _write(target: Path, tables: "Iterable[pa.Table]") -> None:
+    """Each table as a row group, ids in hex; nothing is left of a file that could not be finished."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        types = {row[0]: row[1] for row in database.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()}
-    except duckdb.Error as error:
-        raise UsageError(f"cannot read {path} as {kind}: {_first_line(error)}") from None
-    wanted = [column] if column else COLUMNS
-    chosen = next((p for w in wanted for p in types if p.lower() == w.lower()), None)
-    if chosen is None:
-        raise UsageError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(types)}: --caption-column NAME")
-    quoted = '"' + chosen.replace('"', '""') + '"'
-    if types[chosen] == "VARCHAR[]":  # several captions a row
-        return f"SELECT unnest({quoted}) AS x FROM {reader}"
-    if types[chosen] == "JSON":  # not text in every line
-        return f"SELECT {quoted} ->> '$' AS x FROM {reader}"
-    if types[chosen] != "VARCHAR":
-        raise UsageError(f"{path}: column {chosen} holds {types[chosen].lower()}, not text: --caption-column NAME")
-    return f"SELECT {quoted} AS x FROM {reader}"
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        # No dictionary: all values differ.
+        with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=False, write_statistics=["id"]) as file:
+            for table in tables:
+                digits = table["id"].to_numpy().astype(">u8").tobytes().hex().encode()
+                offsets = np.arange(0, len(digits) + 1, 16, dtype=np.int32)
+                ids = pa.StringArray.from_buffers(len(table), pa.py_buffer(offsets), pa.py_buffer(digits))
+                file.write_table(pa.table([ids, table["text"].combine_chunks()], schema))
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise

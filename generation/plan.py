@@ -1,20 +1,22 @@
 """The plan: captions frozen and cut into shards, settings frozen and hashed, before anything is submitted."""
 
+import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from generation.captions import CaptionCounts, expand, prepare
+from generation.caption_files import expand
+from generation.captions import CaptionCounts, prepare
 from generation.settings import GenerateConfig, fingerprint, image_bytes, model_name
 from stablerep.runtime.config import from_yaml, to_dict, to_yaml
-from stablerep.runtime.errors import UsageError
+from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.rundir import file_hash, read_json, write_atomic, write_json
 
 FREE = {"out", "captions", "lease_timeout_s", "attempts"}  # may change between two launches of one run
@@ -55,39 +57,52 @@ def make_plan(
 ) -> tuple[Plan, CaptionCounts]:
     """Read the captions and make the plan; with `write`, freeze both (and the config) in the run folder.
 
-    `cost` gives the plan's estimate. Raises UsageError, having written nothing.
+    The captions are sorted in TMPDIR. `cost` gives the plan's estimate. Raises UsageError (bad captions) or WorkError
+    (a full disk); then nothing is planned.
     """
     if not config.captions:
         raise UsageError("--captions FILE is missing: a list of captions (txt, csv, tsv, jsonl, parquet)")
-    files = expand(config.captions)
     run = Path(config.out)
+    fresh = not run.exists()
     with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "captions.parquet"
-        counts = prepare(config.captions, config.caption_column, config.limit, target, Path(scratch) / "spill")
-        data_hash = file_hash(target)
-        images = counts.kept * config.images_per_caption
-        plan = Plan(
-            captions=counts.kept,
-            images=images,
-            shards=-(-counts.kept // config.captions_per_shard),
-            images_per_caption=config.images_per_caption,
-            captions_per_shard=config.captions_per_shard,
-            hash=plan_hash(config, data_hash),
-            captions_sha256=data_hash,
-            dropped={"empty": counts.empty, "duplicates": counts.duplicates},
-            megabytes=round(images * image_bytes(config) / 1e6, 1),
-            sources_sha256=_files_hash(files),
-        )
-        plan.estimate = cost(plan) if cost else None
-        if write:
-            run.mkdir(parents=True, exist_ok=True)
-            with open(target, "rb") as source, open(run / ".captions.tmp", "wb") as copy:
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-            os.replace(run / ".captions.tmp", run / "captions.parquet")
-            write_atomic(run / "config.yaml", to_yaml(config))
-            write_json(run / "plan.json", vars(plan))  # last: a folder with plan.json is a planned run
+        # In the run folder from the first byte on: gigabytes are written once.
+        target = (run if write else Path(scratch)) / f".captions.{os.uname().nodename}.{os.getpid()}.tmp"
+        try:
+            plan, counts = _plan(config, target, Path(scratch) / "spill")
+            plan.estimate = cost(plan) if cost else None
+            if write:
+                with open(target, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(target, run / "captions.parquet")
+                write_atomic(run / "config.yaml", to_yaml(config))
+                write_json(run / "plan.json", vars(plan))  # last: a folder with plan.json is a planned run
+        except BaseException as error:
+            target.unlink(missing_ok=True)
+            if fresh:
+                with suppress(OSError):  # not there, or not ours alone
+                    run.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise WorkError(f"no room for the captions in {target.parent}: nothing is planned yet") from None
+            raise
+    return plan, counts
+
+
+def _plan(config: GenerateConfig, target: Path, spill: Path) -> tuple[Plan, CaptionCounts]:
+    counts = prepare(config.captions, config.caption_column, config.limit, target, spill)
+    data_hash = file_hash(target)
+    images = counts.kept * config.images_per_caption
+    plan = Plan(
+        captions=counts.kept,
+        images=images,
+        shards=-(-counts.kept // config.captions_per_shard),
+        images_per_caption=config.images_per_caption,
+        captions_per_shard=config.captions_per_shard,
+        hash=plan_hash(config, data_hash),
+        captions_sha256=data_hash,
+        dropped={"empty": counts.empty, "duplicates": counts.duplicates},
+        megabytes=round(images * image_bytes(config) / 1e6, 1),
+        sources_sha256=_files_hash(expand(config.captions)),
+    )
     return plan, counts
 
 

@@ -143,7 +143,7 @@ def _check_ranks(sweep: Any, cluster: Any) -> None:
 
 def missing_inputs(sweep: Any, out: Path) -> list[str]:
     """What stages that are not done need and do not find: captions, real pictures, labelled data sets; a line each."""
-    from generation.captions import expand as caption_files
+    from generation.caption_files import expand as caption_files
     from launch.stages import is_done
     from stablerep.eval.datasets import check_there
 
