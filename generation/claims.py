@@ -52,8 +52,7 @@ class Claims:
         held = 0
         while True:
             if not self._left or self._committed >= LOOKS:
-                self._renew()
-                if not self._left:
+                if not self._renew() or not self._left:
                     return None
             self._at %= len(self._left)
             shard = self._left[self._at]
@@ -104,12 +103,13 @@ class Claims:
             self._failures_due = time.monotonic() + FAILURES_S
         return shard in self._failed and given_up(failures(self.run, shard), self.config.attempts, self.node)
 
-    def _renew(self) -> None:
-        """Get a newer list, another worker's or by a survey of ours; or find that the end is there."""
+    def _renew(self) -> bool:
+        """Get a newer list, another worker's or by a survey of ours, or find that the end is there. False where another worker
+        is still at its survey."""
         self._committed = 0
         if (self.run / "dataset.json").exists():
             self._left, self.outcome = [], "done"
-            return
+            return True
         newer = self._read_left()
         if not newer and self.leases.claim(SURVEY) is not None:
             try:
@@ -121,6 +121,7 @@ class Claims:
             newer = True
         if newer and not self._left:
             self.outcome = "incomplete" if self._missing else "done"
+        return newer
 
     def _read_left(self) -> bool:
         """Read the list of the newest survey; False where we know it, or there was none."""

@@ -45,7 +45,7 @@ def submitted(monkeypatch):
 
 def test_stop_ends_workers_between_batches_and_the_next_launch_goes_on(tmp_path, nursery, submitted):
     run, captions = tmp_path / "run", REPO / "assets" / "captions.txt"
-    plan(run, captions, limit=12, captions_per_shard=6, steps=30)
+    plan(run, captions, limit=12, captions_per_shard=6, steps=70)
     pids = nursery.start(run, 2)
     wait_for(lambda: len(list((run / "leases").glob("0*.lease"))) == 2, 120, "two claims")
     assert generate.main(["--out", str(run), "--stop"]) == 0
@@ -55,7 +55,7 @@ def test_stop_ends_workers_between_batches_and_the_next_launch_goes_on(tmp_path,
     assert not list((run / "leases").iterdir())
     assert work(run, device="cpu", stop=StopFlag(), name="late") == "halted", "a job that comes back ends at once"
     before = shard_bytes(run)
-    assert launch(captions, run, "--limit", "12", "--captions-per-shard", "6", "--steps", "30", "--nodes", "2") == 0
+    assert launch(captions, run, "--limit", "12", "--captions-per-shard", "6", "--steps", "70", "--nodes", "2") == 0
     assert not (run / STOP).exists() and len(submitted.call_args.args[3]) == 2
     complete(run, nursery.start(run, 2))
     after = shard_bytes(run)
