@@ -18,6 +18,7 @@ from stablerep.data.shards import shard_name
 from stablerep.runtime.config import to_yaml
 from stablerep.runtime.rundir import REPO, write_json
 
+QUALITY = {"black": 0.0, "constant": 0.0, "retried": 0.0, "distance": 0.2345}
 CAPTIONS, IMAGES, SECONDS = 64, 6, 60.0  # captions a shard, images a caption, seconds a shard
 
 
@@ -39,7 +40,7 @@ def make_up(run: Path, shards: int, workers: int) -> None:
         for turn, shard in enumerate(range(w, done, workers)):
             begin = now - (rounds - turn) * SECONDS
             lines.append({"time": begin + 59, "event": "committed", **base, "shard": shard, "images": CAPTIONS * IMAGES,
-                          "seconds": 58.9})  # fmt: skip
+                          "seconds": 58.9, "quality": {**QUALITY, "jpeg_bytes": 9000 + shard % 1000}})  # fmt: skip
             (run / "shards" / f"{shard_name(shard)}.tar").touch()
             (run / "shards" / f"{shard_name(shard)}.json").write_text(sidecar)
         (run / "events" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -51,9 +51,8 @@ class Claims:
         """Claim a shard. None where there is none to be had: for good where `outcome` is set, else ask again after a pause."""
         held = 0
         while True:
-            if not self._left or self._committed >= LOOKS:
-                if not self._renew() or not self._left:
-                    return None
+            if (not self._left or self._committed >= LOOKS) and not (self._renew() and self._left):
+                return None
             self._at %= len(self._left)
             shard = self._left[self._at]
             how = self.leases.claim(shard)
