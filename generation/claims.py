@@ -73,7 +73,7 @@ class Claims:
             self._jump()
 
     def put_back(self, shard: int) -> None:
-        """Try a shard again, after the others, that we claimed and could not make."""
+        """Try a shard again later that we claimed and could not make."""
         self._left.append(shard)
         self._failures_due = 0.0
 
