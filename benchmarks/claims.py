@@ -151,10 +151,10 @@ def count_calls(policy: Callable[[Path, Plan, GenerateConfig, str], int], folder
         for calls, quotes in ((by_name, '""'), (by_handle, "<>")):
             path = re.search(rf"{quotes[0]}{run}/([^{quotes[1]}]*)", line)
             if path is not None:
-                calls[f"{call[1]} {re.sub(r'[^/]*(?=[.][^.]*$)', '*', path[1])}"] += 1
+                calls[f"{call[1]} {re.sub(r'[^/]*(?=[.][^.]*$)', '*', path[1], count=1)}"] += 1
                 break
     for what, calls in (("by name", by_name), ("by handle", by_handle)):
-        most = ", ".join(f"{count / shards:.2f} {kind}" for kind, count in calls.most_common(6))
+        most = ", ".join(f"{count / shards:.2f} {kind}" for kind, count in calls.most_common(8))
         print(f"  {policy.__name__}: {calls.total() / shards:.2f} calls a shard {what}: {most} ...")
 
 
