@@ -85,16 +85,20 @@ def walk(run: Path, plan: Plan, config: GenerateConfig, name: str) -> int:
 
     left = [(zlib.crc32(name.encode()) + k) % plan.shards for k in range(plan.shards)]
     while left:
+        busy = False
         for shard in left:
             if (run / "STOP").exists() or settled(shard) or leases.claim(shard) is None:
                 continue
             if not settled(shard):
+                busy = True
                 event("claimed", shard=shard, how="claimed")
                 commit(run, shard)
                 event("committed", shard=shard, images=0, seconds=0.0)
             json.loads(leases.path(shard).read_text())
             leases.release(shard)
         left = [k for k in left if not settled(k)]
+        if left and not busy:
+            time.sleep(PAUSE_S)
     if any(read_sidecar(run / "shards", k) is None for k in range(plan.shards)):
         raise AssertionError("a shard is missing")
     if not (run / "dataset.json").exists():
@@ -124,9 +128,10 @@ def play(policy: Callable[[Path, Plan, GenerateConfig, str], int], shards: int, 
     made = Counter(e["shard"] for e in events if e["event"] == "committed")
     assert len(made) == shards and (run / "dataset.json").exists()
     surveys = sum(e["event"] == "surveyed" for e in events)
+    load = os.getloadavg()[0]
     print(f"{policy.__name__}: {shards} shards, {workers} workers: complete after {wall:.1f} s, {shards / wall:,.0f} claims/s, "
           f"{1e3 * (cpu_s() - before) / shards:.2f} ms of CPU and {looks / shards:.2f} look-ups a claim, "
-          f"{made.total() - shards} shards made twice, {surveys} listings", flush=True)  # fmt: skip
+          f"{made.total() - shards} shards made twice, {surveys} listings; load {load:.1f}", flush=True)  # fmt: skip
     return shards / wall
 
 

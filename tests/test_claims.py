@@ -154,6 +154,17 @@ def test_a_survey_that_dies_or_fails_is_made_again(run, monkeypatch):
     assert first.next() is None and first.outcome == "done" and (run / "dataset.json").exists()
 
 
+def test_a_full_disk_at_a_takeover_keeps_no_lease(run, monkeypatch):
+    claims, old = claims_of(run, 1, "first"), time.time() - 100
+    (run / "leases" / "000000.lease").write_text("{}")
+    os.utime(run / "leases" / "000000.lease", (old, old))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            claims.next()
+    assert not (run / "leases" / "000000.lease").exists() and claim_all(claims) == [0]
+
+
 def test_a_disk_that_does_not_answer_is_no_torn_shard(run, monkeypatch):
     claims = claims_of(run, 3, "first")
     claim_all(claims)
