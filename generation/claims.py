@@ -49,12 +49,12 @@ class Claims:
 
     def next(self) -> int | None:
         """Claim a shard. None where there is none to be had: for good where `outcome` is set, else ask again after a pause."""
-        held = 0
+        held, renewed = 0, False
         while True:
             if not self._left or self._committed >= LOOKS:
-                self._renew()
-                if not self._left:
+                if renewed or not (self._renew() and self._left):
                     return None
+                renewed = True
             self._at %= len(self._left)
             shard = self._left[self._at]
             how = self.leases.claim(shard)
@@ -64,18 +64,22 @@ class Claims:
                 if held >= min(LOOKS, len(self._left)):
                     return None
                 continue
-            free = self._is_free(shard)
+            try:
+                free = self._is_free(shard)
+                if free and how == "taken over":
+                    self.events.write(how, shard=shard, node=self.node)
+            except OSError:  # it stays on the list
+                self.leases.release(shard)
+                raise
             del self._left[self._at]  # the next one moves up to its place
             if free:
                 self._committed = 0
-                if how != "claimed":
-                    self.events.write(how, shard=shard, node=self.node)
                 return shard
             self.leases.release(shard)
             self._jump()
 
     def put_back(self, shard: int) -> None:
-        """Try a shard again, after the others, that we claimed and could not make."""
+        """Try a shard again later that we claimed and could not make."""
         self._left.append(shard)
         self._failures_due = 0.0
 
@@ -92,9 +96,6 @@ class Claims:
             os.stat(self.run / "shards" / f"{shard_name(shard)}.json")
         except FileNotFoundError:
             return not self._is_given_up(shard)
-        except OSError:
-            self.leases.release(shard)
-            raise
         self._committed += 1
         return False
 
@@ -104,12 +105,15 @@ class Claims:
             self._failures_due = time.monotonic() + FAILURES_S
         return shard in self._failed and given_up(failures(self.run, shard), self.config.attempts, self.node)
 
-    def _renew(self) -> None:
-        """Get a newer list, another worker's or by a survey of ours; or find that the end is there."""
+    def _renew(self) -> bool:
+        """Get a newer list, another worker's or by a survey of ours, or find that the run is complete.
+
+        False where another worker is still at its survey.
+        """
         self._committed = 0
         if (self.run / "dataset.json").exists():
             self._left, self.outcome = [], "done"
-            return
+            return True
         newer = self._read_left()
         if not newer and self.leases.claim(SURVEY) is not None:
             try:
@@ -121,6 +125,7 @@ class Claims:
             newer = True
         if newer and not self._left:
             self.outcome = "incomplete" if self._missing else "done"
+        return newer
 
     def _read_left(self) -> bool:
         """Read the list of the newest survey; False where we know it, or there was none."""

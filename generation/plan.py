@@ -154,7 +154,10 @@ def missing_shards(run: Path, plan: Plan) -> list[int]:
 
 def finished_shards(run: Path, plan: Plan) -> int:
     """How many shards have their sidecar (one listing of the folder)."""
-    return plan.shards - len(missing_shards(run, plan))
+    try:
+        return min(plan.shards, sum(name.endswith(".json") for name in os.listdir(run / "shards")))
+    except FileNotFoundError:
+        return 0
 
 
 def write_dataset(run: Path, plan: Plan, config: GenerateConfig) -> list[int]:

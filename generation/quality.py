@@ -1,6 +1,7 @@
 """Quality of a shard in five numbers, measured on small thumbnails while it is made; and the shards that fall out of line."""
 
 import itertools
+import math
 import statistics
 from typing import Any
 
@@ -43,8 +44,7 @@ def measure(captions: list[list[bytes]], retried: int) -> dict[str, float | None
 
 def medians(shards: dict[int, dict[str, Any]]) -> dict[str, float]:
     """The median of each number over shards; empty where no shard has any."""
-    values = {name: [q[name] for q in shards.values() if q.get(name) is not None] for name in SIDES}
-    return {name: statistics.median(found) for name, found in values.items() if found}
+    return {name: statistics.median(values.values()) for name, values in _columns(shards).items()}
 
 
 def outliers(shards: dict[int, dict[str, Any]]) -> list[tuple[int, str, float, float]]:
@@ -54,11 +54,18 @@ def outliers(shards: dict[int, dict[str, Any]]) -> list[tuple[int, str, float, f
     `FLOORS`): where all shards are alike, a grain of sand is no outlier.
     """
     found = []
-    for name, middle in medians(shards).items():
-        values = {k: q[name] for k, q in shards.items() if q.get(name) is not None}
+    for name, values in _columns(shards).items():
         if len(values) < FEWEST:
             continue
-        spread = 1.4826 * statistics.median(abs(v - middle) for v in values.values())
+        middle = statistics.median(values.values())
+        spread = 1.4826 * statistics.median([abs(v - middle) for v in values.values()])
         allowed = max(6 * spread, FLOORS.get(name, 0.1 * middle))
-        found += [(k, name, v, middle) for k, v in values.items() if any(s * (v - middle) > allowed for s in SIDES[name])]
+        low, high = (middle + side * allowed if side in SIDES[name] else side * math.inf for side in (-1, 1))
+        found += [(k, name, v, middle) for k, v in values.items() if not low <= v <= high]
     return sorted(found)
+
+
+def _columns(shards: dict[int, dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Each number that any shard has, by shard."""
+    columns = {name: {k: v for k, q in shards.items() if (v := q.get(name)) is not None} for name in SIDES}
+    return {name: values for name, values in columns.items() if values}

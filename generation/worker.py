@@ -25,7 +25,7 @@ from stablerep.runtime.events import Events
 from stablerep.runtime.stop import StopFlag
 
 PAUSE_S, LONG_PAUSE_S = 0.5, 4.0  # between two looks while all that is left is in other hands
-STOP_S = 5.0  # the file STOP is looked for at most so often
+STOP_S = 2.0  # the file STOP is looked for at most so often
 STOP = "STOP"  # while this file lies in the run folder, workers end between two batches
 
 
@@ -118,15 +118,15 @@ class _Worker:
         return ending
 
     def pause(self, seconds: float) -> None:
-        """Sleep, but not on after a stop signal."""
+        """Sleep, but not on when there is a reason to end."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self.stop.requested:
+        while (left := end - time.monotonic()) > 0 and not self.ending():
             time.sleep(min(PAUSE_S, left))
 
     def ending(self) -> str | None:
         """How to end now, `halted` or `stopped`; None while there is no reason to."""
         if time.monotonic() >= self.stop_due:
-            self.halted = (self.run / STOP).exists()
+            self.halted = os.path.exists(self.run / STOP)  # False where the file system does not say
             self.stop_due = time.monotonic() + STOP_S
         if self.halted:
             return "halted"

@@ -184,12 +184,12 @@ def _wait(run: Path, attempts: int, started: float) -> int:
     from generation.worker import STOP
     from launch.cluster import watch_jobs
     from launch.estimate import compare_lines
-    from launch.generation_status import generation_progress, read_status
+    from launch.generation_status import WatchedProgress, read_status
     from launch.progress import Every, watch
     from stablerep.runtime.events import read_events
 
     try:
-        complete = watch(lambda: generation_progress(run), Every(5.0, lambda: watch_jobs(run, JOB)), "images")
+        complete = watch(WatchedProgress(run), Every(5.0, lambda: watch_jobs(run, JOB)), "images")
     except KeyboardInterrupt:
         print(f"\ndetached; the work goes on. See: python launch/status.py {run}")
         return 3

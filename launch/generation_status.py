@@ -1,9 +1,10 @@
 """Where a generation run stands, from its files alone: one listing of the shards, the leases, and the workers' events."""
 
+import heapq
 import statistics
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from stablerep.runtime.rundir import read_json, read_jsonl
 
 WINDOW_S = 300.0  # "now"
 ROWS = 16
+NEWEST = 32  # shards, for their pictures
+LISTING = 50  # a watcher lists the folder for a fiftieth of its time
 Spans = list[tuple[float, float]]
 Faults = dict[str, Counter[str]]
 
@@ -59,7 +62,7 @@ class GenerationStatus:
     counts: dict[str, int] = field(default_factory=dict)  # requeued, failed, taken over
     faults: Faults = field(default_factory=dict)  # kind (generation/triage.py) -> node -> how often
     quality: dict[int, dict[str, Any]] = field(default_factory=dict)  # shard -> its numbers (generation/quality.py)
-    newest: list[int] = field(default_factory=list)  # shards committed last, the last one first
+    newest: list[int] = field(default_factory=list)  # some shards committed last, the last one first
 
     @property
     def alive(self) -> list[Worker]:
@@ -74,7 +77,7 @@ class GenerationStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        plain = asdict(self)
+        plain = asdict(replace(self, quality={}))  # copying each shard's numbers takes a second
         del plain["newest"]
         plain["quality"] = quality_summary(self.quality)
         for row, worker in zip(plain["workers"], self.workers, strict=True):
@@ -96,6 +99,21 @@ def generation_progress(run: Path) -> Progress:
     return Progress(done, plan.images, complete, f"{shards}/{plan.shards} shards")
 
 
+class WatchedProgress:
+    """`generation_progress` for who asks all the time: listing the shards takes at most one part in `LISTING` of it."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.due = run, 0.0
+
+    def __call__(self) -> Progress:
+        """The progress now where the run is complete or a listing is due; else the last answer again."""
+        start = time.monotonic()
+        if start >= self.due or (self.run / "dataset.json").exists():
+            self.seen = generation_progress(self.run)
+            self.due = start + LISTING * (time.monotonic() - start)
+        return self.seen
+
+
 def read_status(run: Path) -> GenerationStatus:
     """Read the state of a run; about a second for 100,000 shards."""
     from generation.failures import set_aside
@@ -106,12 +124,9 @@ def read_status(run: Path) -> GenerationStatus:
     now, plan, config = time.time(), load_plan(run), from_yaml(GenerateConfig, run / "config.yaml")
     progress = generation_progress(run)
     committed = int(progress.detail.split("/")[0])
-    workers, commits, counts, faults = _read_events(run)
+    workers, first, counts, faults = _read_events(run)
     leased = _signs_of_life(run, workers, now, config.lease_timeout_s)
     aside = set_aside(run, config.attempts, [w.node for w in workers.values() if w.state == "alive"])
-    first: dict[int, dict[str, Any]] = {}
-    for event in sorted(commits, key=lambda e: float(e["time"])):
-        first.setdefault(event["shard"], event)
     lived = _union([(w.started, now if w.state == "alive" else w.seen) for w in workers.values()])
     paid = sum((now if w.state == "alive" else w.seen) - w.started for w in workers.values())
     recent = _within(lived, now - WINDOW_S, now)
@@ -136,7 +151,7 @@ def read_status(run: Path) -> GenerationStatus:
         counts=counts,
         faults=faults,
         quality={k: e["quality"] for k, e in first.items() if "quality" in e},
-        newest=sorted(first, key=lambda k: -float(first[k]["time"])),
+        newest=heapq.nlargest(NEWEST, first, key=lambda k: float(first[k]["time"])),
     )
 
 
@@ -178,10 +193,10 @@ def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
     return [f"{run}: {headline}, {state.images}/{state.total} images", *(f"  {line}" for line in lines)]
 
 
-def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], dict[str, int], Faults]:
-    """Every worker with its own commits, all commits, how often what went wrong, and faults."""
+def _read_events(run: Path) -> tuple[dict[str, Worker], dict[int, dict[str, Any]], dict[str, int], Faults]:
+    """Every worker with its own commits, the first commit of each shard, how often what went wrong, and faults."""
     workers: dict[str, Worker] = {}
-    commits: list[dict[str, Any]] = []
+    first: dict[int, dict[str, Any]] = {}
     counts = Counter[str]()
     faults: Faults = defaultdict(Counter)
     for path in sorted((run / "events").glob("*.jsonl")):
@@ -189,11 +204,14 @@ def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], di
         for event in read_jsonl(path):
             kind, worker.seen = event["event"], float(event["time"])
             if kind == "committed":
-                commits.append(event)
+                shard = event["shard"]
+                if shard not in first or event["time"] < first[shard]["time"]:
+                    first[shard] = event
                 worker.shards += 1
                 worker.images += event["images"]
                 worker.seconds += event["seconds"]
-            elif kind == "started":
+                continue
+            if kind == "started":
                 worker.started, worker.node = worker.seen, event.get("node", "?")
             elif kind == "ended":
                 worker.state = event["outcome"]
@@ -206,7 +224,7 @@ def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], di
             counts["taken over"] += kind == "taken over"
         if worker.started:
             workers[worker.name] = worker
-    return workers, commits, dict(counts), dict(faults)
+    return workers, first, dict(counts), dict(faults)
 
 
 def _signs_of_life(run: Path, workers: dict[str, Worker], now: float, timeout_s: float) -> int:

@@ -10,7 +10,13 @@ from typing import Any
 if not __package__:  # run as a script: sys.path[0] is this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.generation_status import describe_generation, generation_progress, read_status
+from launch.generation_status import (
+    GenerationStatus,
+    WatchedProgress,
+    describe_generation,
+    generation_progress,
+    read_status,
+)
 from launch.ledger import ledger_lines
 from launch.lives import why_it_failed
 from launch.progress import Every, Progress, duration, watch
@@ -44,14 +50,14 @@ def training_progress(run: Path) -> Progress:
     return Progress(total if complete else int(last.get("step", 0)), total, complete, detail)
 
 
-def describe(run: Path) -> list[str]:
-    """The state of a run in a few lines."""
+def describe(run: Path, generation: GenerationStatus | None) -> list[str]:
+    """The state of a run in a few lines; of a generation run as it was read."""
     if (run / "sweep.json").exists():
         from launch.overview import sweep_lines
 
         return sweep_lines(run)
-    if (run / "plan.json").exists():
-        return describe_generation(run, read_status(run))
+    if generation is not None:
+        return describe_generation(run, generation)
     seen, unit, _ = progress_of(run)
     lines = [seen.detail] if seen.detail else []
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
@@ -81,10 +87,10 @@ def progress_of(run: Path) -> tuple[Progress, str, str]:
     raise UsageError(f"{run} is not a run: it has none of sweep.json, plan.json and config.yaml")
 
 
-def to_dict(run: Path) -> dict[str, Any]:
-    """The state of a run as plain values. Raises UsageError."""
-    if (run / "plan.json").exists():
-        return {"run": str(run), **read_status(run).to_dict()}
+def to_dict(run: Path, generation: GenerationStatus | None) -> dict[str, Any]:
+    """The state of a run as plain values; of a generation run as it was read. Raises UsageError."""
+    if generation is not None:
+        return {"run": str(run), **generation.to_dict()}
     seen, unit, _ = progress_of(run)
     state = {"run": str(run), "kind": "training" if unit == "steps" else "sweep", **asdict(seen)}
     return {**state, "why": why_it_failed(run)} if unit == "steps" else state
@@ -106,18 +112,20 @@ def main(argv: list[str]) -> int:
     if config.json and config.watch:
         raise UsageError("--json or --watch, not both")
     for run in runs:
-        print(json.dumps(to_dict(run), ensure_ascii=False) if config.json else "\n".join(describe(run)))
-        if config.pictures and (run / "plan.json").exists():
+        state = read_status(run) if (run / "plan.json").exists() else None
+        print(json.dumps(to_dict(run, state), ensure_ascii=False) if config.json else "\n".join(describe(run, state)))
+        if config.pictures and state is not None:
             from launch.contact import contact_sheet
 
-            print(f"  pictures: {contact_sheet(run, read_status(run).newest)}", file=sys.stderr)
+            print(f"  pictures: {contact_sheet(run, state.newest)}", file=sys.stderr)
     if config.watch:
         from launch.cluster import nudge
         from launch.overview import nudge_sweep
 
         run, (_, unit, name) = runs[0], progress_of(runs[0])
         end_waits = Every(5.0, lambda: nudge(run, name) if name else nudge_sweep(run))
-        watch(lambda: progress_of(run)[0], end_waits, unit, until_idle=False)
+        look = WatchedProgress(run) if unit == "images" else lambda: progress_of(run)[0]
+        watch(look, end_waits, unit, until_idle=False)
     return 0 if all(_complete(r) for r in runs) else 3
 
 

@@ -22,7 +22,7 @@ from generation.settings import GenerateConfig
 from generation.worker import work
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import WorkError
-from stablerep.runtime.events import read_events
+from stablerep.runtime.events import Events, read_events
 from stablerep.runtime.stop import StopFlag
 
 
@@ -208,3 +208,16 @@ def test_many_claimants_of_a_stale_lease_have_one_winner(tmp_path):
     children = [subprocess.Popen([sys.executable, "-c", child, str(k)], stdout=subprocess.PIPE, text=True) for k in range(8)]
     answers = [c.communicate()[0].strip() for c in children]
     assert len([a for a in answers if a != "None"]) == 1
+
+
+def test_events_go_on_after_an_error_and_lines_that_are_torn_are_skipped(tmp_path, monkeypatch):
+    events = Events(tmp_path, "w")
+    events.write("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+        with pytest.raises(OSError, match="Stale"):
+            events.write("second")
+    with open(events.path, "ab") as file:
+        file.write(b'{"event": "torn \xe2\n[1, {"event\n')
+    events.write("third", loss=float("nan"))
+    assert [e["event"] for e in read_events(tmp_path)] == ["first", "second", "third"]

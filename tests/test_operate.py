@@ -19,7 +19,7 @@ from generation.settings import GenerateConfig
 from generation.worker import STOP, work
 from launch import generate, status
 from launch.cluster import ClusterConfig, Shape, render_scripts
-from launch.generation_status import Worker, _union, _within, read_status
+from launch.generation_status import WatchedProgress, Worker, _union, _within, generation_progress, read_status
 from launch.job import GenerateTask
 from stablerep.data.shards import DatasetIndex, captions_of, read_sidecar
 from stablerep.runtime.config import to_yaml
@@ -45,7 +45,7 @@ def submitted(monkeypatch):
 
 def test_stop_ends_workers_between_batches_and_the_next_launch_goes_on(tmp_path, nursery, submitted):
     run, captions = tmp_path / "run", REPO / "assets" / "captions.txt"
-    plan(run, captions, limit=12, captions_per_shard=6, steps=30)
+    plan(run, captions, limit=12, captions_per_shard=6, steps=70)
     pids = nursery.start(run, 2)
     wait_for(lambda: len(list((run / "leases").glob("0*.lease"))) == 2, 120, "two claims")
     assert generate.main(["--out", str(run), "--stop"]) == 0
@@ -55,7 +55,7 @@ def test_stop_ends_workers_between_batches_and_the_next_launch_goes_on(tmp_path,
     assert not list((run / "leases").iterdir())
     assert work(run, device="cpu", stop=StopFlag(), name="late") == "halted", "a job that comes back ends at once"
     before = shard_bytes(run)
-    assert launch(captions, run, "--limit", "12", "--captions-per-shard", "6", "--steps", "30", "--nodes", "2") == 0
+    assert launch(captions, run, "--limit", "12", "--captions-per-shard", "6", "--steps", "70", "--nodes", "2") == 0
     assert not (run / STOP).exists() and len(submitted.call_args.args[3]) == 2
     complete(run, nursery.start(run, 2))
     after = shard_bytes(run)
@@ -159,8 +159,8 @@ def made_up_run(run, now):
     add("done", -400, "ended", outcome="stopped")
     add("done", -400, "requeued", job="1")
     give_up(run, 7, "ValueError: a bad caption")
-    for name, shard in (("fast", 6), ("slow", 9)):
-        (run / "leases" / f"{shard:06d}.lease").write_text(json.dumps({"name": name}))
+    for name, held in (("fast", "000006"), ("slow", "000009"), ("slow", "survey")):
+        (run / "leases" / f"{held}.lease").write_text(json.dumps({"name": name}))
     (run / "leases" / "000008.lease").write_text(json.dumps({"name": "gone"}))
     os.utime(run / "leases" / "000008.lease", (now - 880, now - 880))
 
@@ -209,10 +209,28 @@ def test_status_says_it_in_words_and_as_json(tmp_path, capsys):
         status.main([str(run), "--json", "--watch"])
 
 
-def test_the_contact_sheet_shows_the_latest_images(reference, tmp_path, capsys):
+def test_a_watcher_lists_seldom_and_sees_the_end_at_once(tmp_path, monkeypatch):
+    (run := tmp_path / "run").mkdir()
+    made_up_run(run, time.time())
+    clock, listings = [100.0], Mock(side_effect=lambda _: clock.__setitem__(0, clock[0] + 2.0))  # each takes two seconds
+    monkeypatch.setattr("launch.generation_status.generation_progress", lambda run: listings(run) or generation_progress(run))
+    monkeypatch.setattr("launch.generation_status.time.monotonic", lambda: clock[0])
+    look = WatchedProgress(run)
+    assert look().done == look().done == 36 and listings.call_count == 1
+    (run / "shards" / "000006.json").touch()
+    clock[0] += 90
+    assert look().done == 36
+    clock[0] += 10
+    assert look().done == 42 and listings.call_count == 2, "a fiftieth of the time"
+    (run / "dataset.json").touch()
+    assert look().complete and look().done == 60
+
+
+def test_the_contact_sheet_shows_the_latest_images(reference, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(reference, run)
-    assert status.main([str(run), "--pictures"]) == 0
+    monkeypatch.setattr(status, "read_status", read := Mock(wraps=read_status))
+    assert status.main([str(run), "--pictures"]) == 0 and read.call_count == 1
     assert str(run / "contact.png") in capsys.readouterr().err
     with Image.open(run / "contact.png") as sheet:
         assert sheet.size == (2 * 132 + 4, 12 * 148 + 4), "twelve captions of two images"

@@ -14,8 +14,8 @@ from stablerep.runtime.rundir import read_jsonl
 class Events:
     """Append events of this process to RUN/events/NAME.jsonl (started, committed, taken over, failed ...).
 
-    The file stays open. An event is a single write, so that readers and other writers see whole lines, and is on the disk or the
-    file server when `write` returns. `always` goes into every event: ranks of training name their `life` and `rank`.
+    The file stays open. An event is a single write, so that readers see whole lines, and lies on the disk or the file
+    server when `write` returns. `always` goes into every event: ranks of training name their `life` and `rank`.
     """
 
     def __init__(self, run: Path, name: str, **always: Any) -> None:
