@@ -50,6 +50,7 @@ class GenerateTask:
         stop = StopFlag().install()  # after submitit's own handlers, which it replaces
         rank = JobEnvironment().local_rank
         run, name, node = Path(self.run), process_name(f"generate-{rank}"), slurm.own_node()
+        end = slurm.own_end() if rank == 0 else None  # asked now: a preemption sets it to the end of the time of grace
         events = Events(run, name)
         try:
             try:
@@ -59,7 +60,7 @@ class GenerateTask:
                     requeue_elsewhere(run, events, stop.requested, node)
                 raise
             if outcome == "stopped" and rank == 0:
-                events.write("interrupted", fault=interruption(time.time(), slurm.own_end()), node=node, why=stop.requested)
+                events.write("interrupted", fault=interruption(time.time(), end), node=node, why=stop.requested)
                 requeue_self(events, stop.requested)
         except (UsageError, WorkError) as error:
             _fail(error)

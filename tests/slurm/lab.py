@@ -44,6 +44,7 @@ class Lab:
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.slurmd: dict[str, subprocess.Popen[bytes]] = {}
+        self.controller: subprocess.Popen[bytes]
 
     def __enter__(self) -> "Lab":
         try:
@@ -89,6 +90,14 @@ class Lab:
         managers = {int(Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split()[1]) for p in mine}
         for pid in (managers & set(self._job_processes())) | set(mine):
             self._kill(pid, signal.SIGKILL)
+
+    def restart_controller(self, number: int) -> None:
+        """End slurmctld by a signal and start it on the state that it saved; until it answers."""
+        self.controller.send_signal(number)
+        self.controller.wait()
+        self.daemons.remove(self.controller)
+        self.controller = self._spawn("slurmctld", "-D")
+        self._await(lambda: self.call("sinfo").returncode == 0, 60, "controller that answers")
 
     def restore(self) -> None:
         """Cancel every job, start the slurmds that are gone, wait until every node is idle."""
@@ -144,7 +153,7 @@ class Lab:
             self._spawn("slurmdbd", "-D")
             self._await(lambda: self.call("sacctmgr", "-n", "show", "cluster").returncode == 0, 60, "slurmdbd")
             self.call("sacctmgr", "-i", "add", "cluster", "lab")
-        self._spawn("slurmctld", "-D", "-c")
+        self.controller = self._spawn("slurmctld", "-D", "-c")
         for i in range(1, self.nodes + 1):
             self.slurmd[f"node{i}"] = self._spawn("slurmd", "-D", "-N", f"node{i}")
         self._await(self._all_idle, 60, "nodes to be idle")
@@ -231,7 +240,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {accounting}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=main Nodes=ALL Default=YES LLN=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 PreemptMode=OFF
 """)
 
