@@ -34,7 +34,7 @@ def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None 
     config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
     events, node = Events(run, name), node or os.uname().nodename
     try:
-        events.write("started", device=device, node=node)
+        events.write("started", device=device, node=node, ahead_s=events.ahead_s())
         leases = Leases(run / "leases", name, config.lease_timeout_s)
         try:
             outcome = _Worker(run, config, plan, device, node, stop, events, leases).loop()

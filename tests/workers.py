@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from helpers import REPO, SMALL, command, wait_for
@@ -23,11 +24,11 @@ class Nursery:
         self.server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.pids: list[int] = []
 
-    def start(self, run: Path, count: int) -> list[int]:
-        """Fork `count` workers on a planned run; their pids."""
+    def start(self, run: Path, count: int, ahead_s: float = 0.0) -> list[int]:
+        """Fork `count` workers on a planned run, with a clock that is so much ahead; their pids."""
         pids = []
         for _ in range(count):
-            self.server.stdin.write(json.dumps(str(run)) + "\n")
+            self.server.stdin.write(json.dumps([str(run), ahead_s]) + "\n")
             self.server.stdin.flush()
             pids.append(int(self.server.stdout.readline()))
         self.pids += pids
@@ -88,13 +89,14 @@ def serve() -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        run = Path(json.loads(line))
-        pid = os.fork()
+        name, ahead_s = json.loads(line)
+        run, pid = Path(name), os.fork()
         if not pid:
             log = os.open(run / "workers.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            time.time = lambda real=time.time: real() + ahead_s  # the process's own; the file system keeps the machine's
             try:
                 work(run, device="cpu", stop=StopFlag().install(), name=f"worker-{os.getpid()}")
             except BaseException as error:
