@@ -180,7 +180,7 @@ def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
 
 
 def _read_events(run: Path) -> tuple[dict[str, Worker], list[dict[str, Any]], dict[str, int], Faults]:
-    """Every worker with its own commits, all commits, how often what went wrong, and faults; times by the file server's clock."""
+    """Every worker with its own commits, all commits, how often what went wrong, faults; times by the file server's clock."""
     workers: dict[str, Worker] = {}
     commits: list[dict[str, Any]] = []
     counts = Counter[str]()

@@ -1,4 +1,4 @@
-"""Generation where the world is hostile: a full disk, frozen holders, two workers on one shard, torn files, clocks that differ."""
+"""Generation in a hostile world: a full disk, frozen holders, two workers on one shard, torn files, clocks that differ."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 from helpers import REPO, command, shard_bytes, wait_for
-from workers import committed, complete, plan
+from workers import committed, complete, holders, plan
 
 from generation.audit import check_shard
 from generation.plan import load_plan
 from launch.generation_status import describe_generation, read_status
 from stablerep.data.shards import read_sidecar
 from stablerep.runtime.events import read_events
-from stablerep.runtime.rundir import append_jsonl, read_json, read_jsonl
+from stablerep.runtime.rundir import append_jsonl, read_jsonl
 
 
 @pytest.fixture
@@ -91,17 +91,6 @@ def freeze(run, pid):
             return held
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
-
-
-def holders(run):
-    """Who holds which shard."""
-    found = {}
-    for path in (run / "leases").glob("*.lease"):
-        try:
-            found[int(path.stem)] = read_json(path)["name"]
-        except (OSError, ValueError):  # released, or just being written
-            continue
-    return found
 
 
 @pytest.mark.parametrize("woken", ["while another makes its shard", "when all is done"])

@@ -79,7 +79,7 @@ def read_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     path = folder / f"{shard_name(number)}.json"
     try:
         sidecar = read_json(path)
-        intact = path.with_suffix(".tar").stat().st_size == sidecar["size"] and FIELDS <= set(sidecar)
+        intact = path.with_suffix(".tar").stat().st_size == sidecar["size"] and set(sidecar) >= FIELDS
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return sidecar if intact else None

@@ -62,7 +62,7 @@ def tail(events):
     """Wall time of a run, over what it is where all workers that came to the end run out of work together: the same work
     from the same starts, shared without rest. From the first start to the complete dataset; a worker's work ends with its
     last commit."""
-    (end,) = (e["time"] for e in events if e["event"] == "completed")
+    end = min(e["time"] for e in events if e["event"] == "completed")
     start = min(e["time"] for e in events if e["event"] == "started")
     living = {e["process"] for e in events if e["event"] == "ended" and e["outcome"] == "done"}
     last = {e["process"]: e["time"] for e in events if e["process"] in living and e["event"] in ("started", "committed")}
