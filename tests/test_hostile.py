@@ -16,6 +16,7 @@ import pytest
 from helpers import REPO, command, shard_bytes, wait_for
 from workers import committed, complete, holders, plan
 
+from generation import remake
 from generation.audit import check_shard
 from generation.plan import load_plan
 from launch.generation_status import describe_generation, read_status
@@ -160,6 +161,26 @@ def change_a_byte(path, chance):
     data = bytearray(path.read_bytes())
     data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     path.write_bytes(data)
+
+
+def test_remaking_an_image_whose_stored_bytes_are_no_jpeg_is_one_line(reference, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    name, offset, size = read_sidecar(run / "shards", 0)["members"][0]
+    tar = bytearray((run / "shards" / "000000.tar").read_bytes())
+    tar[offset : offset + size] = bytes(size)
+    (run / "shards" / "000000.tar").write_bytes(tar)
+    assert remake.main([str(run), name.split(".")[0], "0"]) == 1
+    assert "different; the stored one does not decode" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(reference):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, str(REPO / "launch" / "status.py"), str(reference)]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_no_cut_and_no_changed_bit_gets_past_the_audit(reference, tmp_path):

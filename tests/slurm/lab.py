@@ -88,9 +88,11 @@ class Lab:
         self.slurmd[node].wait()
         mine = [p for p in self._job_processes() if f"SLURMD_NODENAME={node}" in self._environment(p)]
         managers = {int(Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split()[1]) for p in mine}
-        # The managers first: one that sees its task die tells the controller that the job has failed.
-        for pid in [*(managers & set(self._job_processes())), *mine]:
-            self._kill(pid, signal.SIGKILL)
+        doomed = (managers & set(self._job_processes())) | set(mine)
+        # All stop before the first dies: a manager that sees its task die tells the controller that the job has failed.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in doomed:
+                self._kill(pid, number)
 
     def restart_controller(self, number: int) -> None:
         """End slurmctld by a signal and start it on the state that it saved; until it answers."""

@@ -56,6 +56,9 @@ def test_array_over_four_nodes_equals_the_local_run_and_ends_together(lab, alone
     assert Counter(e["shard"] for e in events if e["event"] == "committed") == dict.fromkeys(range(MANY["limit"]), 1)
     assert tail(events) <= 1.1
     assert generate_many(lab, run, "--nodes", "2").stdout.strip().endswith("nothing to do")
+    for name in ("dataset.json", "shards/000003.json", "shards/000007.json"):
+        (run / name).unlink()
+    assert "dry run: 2 jobs" in generate_many(lab, run, "--nodes", "6", "--dry-run").stdout, "no more jobs than shards"
 
 
 def tail(events):
