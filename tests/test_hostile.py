@@ -16,11 +16,12 @@ import pytest
 from helpers import REPO, command, shard_bytes, wait_for
 from workers import committed, complete, holders, plan
 
-from generation import remake
+from generation import audit, remake
 from generation.audit import check_shard
 from generation.plan import load_plan
 from launch.generation_status import describe_generation, read_status
 from stablerep.data.shards import read_sidecar
+from stablerep.runtime.errors import UsageError
 from stablerep.runtime.events import read_events
 from stablerep.runtime.rundir import append_jsonl, read_jsonl
 
@@ -151,8 +152,8 @@ def test_torn_shards_are_made_again_and_the_audit_finds_changed_ones(captions, r
     complete(run, nursery.start(run, 1))
     whole, now = shard_bytes(reference), shard_bytes(run)
     assert {name for name in whole if whole[name] != now[name]} == {"000002.tar"}, "its size is right: only a hash tells"
-    audit = command("generation/audit.py", run, "--repair")
-    assert audit.returncode == 1 and audit.stdout.count("SHA-256") == 1 and "000002" in audit.stdout, audit.stdout
+    found = command("generation/audit.py", run, "--repair")
+    assert found.returncode == 1 and found.stdout.count("SHA-256") == 1 and "000002" in found.stdout, found.stdout
     complete(run, nursery.start(run, 1))
     assert shard_bytes(run) == whole and command("generation/audit.py", run).returncode == 0
 
@@ -172,6 +173,8 @@ def test_remaking_an_image_whose_stored_bytes_are_no_jpeg_is_one_line(reference,
     (run / "shards" / "000000.tar").write_bytes(tar)
     assert remake.main([str(run), name.split(".")[0], "0"]) == 1
     assert "different; the stored one does not decode" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--device nowhere is not there"):
+        audit.main([str(run), "--remake", "1", "--device", "nowhere"])
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(reference):
