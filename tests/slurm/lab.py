@@ -10,7 +10,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -94,11 +95,13 @@ class Lab:
             for pid in doomed:
                 self._kill(pid, number)
 
-    def restart_controller(self, number: int) -> None:
-        """End slurmctld by a signal and start it on the state that it saved; until it answers."""
+    @contextmanager
+    def no_controller(self, number: int) -> Iterator[None]:
+        """End slurmctld by a signal; afterwards start it on the state that it saved, and wait until it answers."""
         self.controller.send_signal(number)
         self.controller.wait()
         self.daemons.remove(self.controller)
+        yield
         self.controller = self._spawn("slurmctld", "-D")
         self._await(lambda: self.call("sinfo").returncode == 0, 60, "controller that answers")
 

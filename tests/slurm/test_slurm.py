@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, command, shard_bytes
+from helpers import REPO, SMALL, command, shard_bytes, wait_for
 from lab import Lab
 from slurm_need import need
 from workers import committed, complete, plan
@@ -72,8 +72,13 @@ def tail(events):
     return (end - start) / (statistics.fmean(min(end, t) for t in last.values()) - start)
 
 
+def pid_of(event):
+    return int(event["process"].rsplit("-", 1)[1])
+
+
 def test_every_fault_in_one_run_loses_nothing(lab, alone, tmp_path):
-    """The controller killed and restarted, a node lost, an element requeued, one killed, the partition preempted."""
+    """The controller killed and restarted, a node lost, an element requeued, one killed, one warned while there is no
+    controller, the partition preempted."""
     run = tmp_path / "run"
     assert generate_many(lab, run, "--nodes", "6", "--lease-timeout-s", "5").returncode == 0
 
@@ -81,19 +86,24 @@ def test_every_fault_in_one_run_loses_nothing(lab, alone, tmp_path):
         return [e for e in read_events(run) if e["event"] == kind]
 
     lab.until(lambda: len(of("loaded")) == 6, 240, "six workers at work")
-    lab.restart_controller(signal.SIGKILL)  # while Slurm's state is as it was some seconds ago: it saves it every few
+    with lab.no_controller(signal.SIGKILL):  # while Slurm's state is as it was some seconds ago: it saves it every few
+        pass
     first = {e["process"].split("-")[2]: e for e in of("started")}  # element -> its first life
     lost = next(iter(first.values()))["node"]
     by_node = {e["node"]: element for element, e in first.items() if e["node"] != lost}
     requeued, killed, *_ = by_node.values()
     lab.lose(lost)
-    os.kill(int(first[killed]["process"].rsplit("-", 1)[1]), signal.SIGKILL)
+    os.kill(pid_of(first[killed]), signal.SIGKILL)
     assert lab.call("scontrol", "requeue", requeued).returncode == 0
-    lab.restart_controller(signal.SIGTERM)  # SIGKILL would lose the requeue, and with it the element (not its work)
+    warned, *preempted = set(first) - {e for e in first if first[e]["node"] == lost} - {requeued, killed}
+    with lab.no_controller(signal.SIGTERM):  # SIGKILL would lose the requeue, and with it the element (not its work)
+        os.kill(pid_of(first[warned]), signal.SIGTERM)
+        wait_for(
+            lambda: any(e["process"] == first[warned]["process"] for e in of("interrupted")), 120, "the warned element to end"
+        )
     high = ["sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
     assert lab.call(*high).returncode == 0
-    preempted = set(first) - {e for e in first if first[e]["node"] == lost} - {requeued, killed}
-    lab.until(lambda: preempted <= {e["job"] for e in of("requeued")}, 120, "the preempted elements to give way")
+    lab.until(lambda: {warned, *preempted} <= {e["job"] for e in of("requeued")}, 120, "the preempted elements to give way")
     assert committed(run) < MANY["limit"], "all that happened at work"
     lab.until(lambda: (run / "dataset.json").exists() and idle(lab), 300, "the dataset and an empty queue")
 
