@@ -22,6 +22,7 @@ test: install
 
 soak: install
 	KILLS=400 $(PY) -m pytest tests/test_kills.py -k kills_change
+	KILLS=200 $(PY) -m pytest tests/test_interruptions.py -k random_kills -s
 
 bench: install
 	$(PY) benchmarks/loader.py

@@ -109,8 +109,11 @@ def main(argv: list[str]) -> int:
     if not config.runs:
         raise UsageError("which run? python generation/audit.py RUN")
     from generation.plan import load_plan
+    from generation.remake import check_device
     from stablerep.data.shards import shard_name
 
+    if config.remake:
+        check_device(config.device)
     wrong = 0
     for name in config.runs:
         run = Path(name)
@@ -132,7 +135,7 @@ def main(argv: list[str]) -> int:
         complete = (run / "dataset.json").exists()
         differing = differing_captions(run, config.remake, config.device) if config.remake and complete else []
         for id in differing:
-            print(f"{run}: caption {id}: remade images differ")
+            print(f"{run}: caption {id}: images remade on {config.device} differ")
         if config.remake:
             done = f"{min(config.remake, plan.captions)} captions were remade and compared" if complete else "nothing is remade"
             print(f"{run}: {done}{'' if complete else ' before the run is complete'}")

@@ -74,7 +74,8 @@ def estimate(
         return Estimate(workers, device, 0.0, 0.0, None, None, currency, "nothing is left to make")
     if speed is None:
         why = f"unknown for {device}" if device else "unknown: the cluster file does not name its device"
-        return Estimate(workers, device, None, None, None, None, currency, f"{why}: --calibrate measures it")
+        measures = "--calibrate measures it" if device else "--calibrate measures and names it"
+        return Estimate(workers, device, None, None, None, None, currency, f"{why}: {measures}")
     shards = -(-captions // config.captions_per_shard)
     images = min(captions, config.captions_per_shard) * config.images_per_caption
     size = config.batch_size if isinstance(config.batch_size, int) else 1  # `auto` fits the shards

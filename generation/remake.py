@@ -75,11 +75,14 @@ def remake(model: "TextToImage", captions: list[Stored]) -> list[list[bytes]]:
 
 
 def difference(a: bytes, b: bytes) -> str:
-    """How far apart two JPEGs are, in words."""
+    """How far apart two JPEGs are, in words; `b` may be broken."""
     import numpy as np
     import simplejpeg
 
-    x, y = (simplejpeg.decode_jpeg(data).astype(int) for data in (a, b))
+    try:
+        x, y = (simplejpeg.decode_jpeg(data).astype(int) for data in (a, b))
+    except ValueError as error:
+        return f"the stored one does not decode ({error})"
     if x.shape != y.shape:
         return f"{x.shape[1]} x {x.shape[0]} pixels against {y.shape[1]} x {y.shape[0]}"
     apart = np.abs(x - y)

@@ -38,7 +38,7 @@ def work(run: Path, *, device: str, stop: StopFlag, name: str, node: str | None 
     config, plan = from_yaml(GenerateConfig, run / "config.yaml"), load_plan(run)
     events, node = Events(run, name), node or os.uname().nodename
     try:
-        events.write("started", device=device, node=node)
+        events.write("started", device=device, node=node, ahead_s=events.ahead_s())
         leases = Leases(run / "leases", name, config.lease_timeout_s)
         try:
             with ThreadPoolExecutor(1) as writer:

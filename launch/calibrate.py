@@ -56,7 +56,7 @@ class CalibrateTask:
 
 
 def calibrate(config: GenerateConfig, cluster: ClusterConfig, calibration: Path) -> str:
-    """Measure and add the result to the calibration file; what was found, in a line. Ctrl-C cancels the job.
+    """Measure and add the result to the calibration file; what was found, and what else estimates need. Ctrl-C cancels the job.
 
     Raises WorkError where the job brings no result, UsageError where Slurm refuses it or the calibration file is another.
     """
@@ -72,9 +72,11 @@ def calibrate(config: GenerateConfig, cluster: ClusterConfig, calibration: Path)
     finally:
         shutil.rmtree(out, ignore_errors=True)
     store(calibration, result)
+    named = cluster.device or cluster.kind == "local"
     return (
         f"{result['model']} on {result['device']}: {result['images_per_s']:.2f} images/s ({result['batches']} batches of "
         f"{result['batch_size']} in {result['seconds']:.0f} s, {result['attention']}), loaded in {result['load_s']:.0f} s"
+        + ("" if named else f"\nfor estimates with this speed, write into the cluster file: device: {result['device']}")
     )
 
 

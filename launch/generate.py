@@ -86,10 +86,11 @@ def main(argv: list[str]) -> int:
         print(f"{run}: complete, nothing to do")
         return 0
 
-    left = max(0, plan.captions - finished_shards(run, plan) * plan.captions_per_shard)
+    shards_left = plan.shards - finished_shards(run, plan)
+    left = min(plan.captions, shards_left * plan.captions_per_shard)
     print("\n".join(estimate_lines(cost_of(left), gpus > 0)))
     shape = Shape(JOB, tasks_per_node=tasks_per_node, gpus_per_node=gpus, at_most=command.max_running)
-    wanted = jobs_for(plan.shards)
+    wanted = jobs_for(max(1, shards_left))  # one where all that is left is torn, or dataset.json
     if command.dry_run:
         scripts = render_scripts(cluster, run, shape, wanted)
         for script in scripts:

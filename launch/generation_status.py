@@ -194,15 +194,18 @@ def describe_generation(run: Path, state: GenerationStatus) -> list[str]:
 
 
 def _read_events(run: Path) -> tuple[dict[str, Worker], dict[int, dict[str, Any]], dict[str, int], Faults]:
-    """Every worker with its own commits, the first commit of each shard, how often what went wrong, and faults."""
+    """Every worker with its own commits, the first commit of each shard, how often what went wrong, faults; times by the file
+    server's clock."""
     workers: dict[str, Worker] = {}
     first: dict[int, dict[str, Any]] = {}
     counts = Counter[str]()
     faults: Faults = defaultdict(Counter)
     for path in sorted((run / "events").glob("*.jsonl")):
-        worker = Worker(path.stem)
+        worker, ahead_s = Worker(path.stem), 0.0
         for event in read_jsonl(path):
-            kind, worker.seen = event["event"], float(event["time"])
+            ahead_s = event.get("ahead_s", ahead_s)
+            event["time"] -= ahead_s
+            kind, worker.seen = event["event"], event["time"]
             if kind == "committed":
                 shard = event["shard"]
                 if shard not in first or event["time"] < first[shard]["time"]:

@@ -52,6 +52,7 @@ class GenerateTask:
         preflight.keep_caches_local(preflight.scratch_folder(self.scratch))
         rank = JobEnvironment().local_rank
         run, name, node = Path(self.run), process_name(f"generate-{rank}"), slurm.own_node()
+        end = slurm.own_end() if rank == 0 else None  # asked now: a preemption sets it to the end of the time of grace
         events = Events(run, name)
         try:
             try:
@@ -61,7 +62,7 @@ class GenerateTask:
                     requeue_elsewhere(run, events, stop.requested, node)
                 raise
             if outcome == "stopped" and rank == 0:
-                events.write("interrupted", fault=interruption(time.time(), slurm.own_end()), node=node, why=stop.requested)
+                events.write("interrupted", fault=interruption(time.time(), end), node=node, why=stop.requested)
                 requeue_self(events, stop.requested)
         except (UsageError, WorkError) as error:
             _fail(error)

@@ -31,7 +31,7 @@ def requeue_self(events: Events, signal_name: str | None, exclude: list[str] | N
         events.write("not requeued", job=job, why="cancelled, or requeued by Slurm itself")
         return
     events.write("requeued", job=job, **({"exclude": exclude} if exclude else {}))
-    result = slurm.client("scontrol", "requeue", job)
+    result = slurm.patient_client("scontrol", "requeue", job)
     if result.returncode not in (0, -signal.SIGTERM):
         events.write("failed", why=f"scontrol requeue {job}: {result.stderr.strip()}")
         raise WorkError(f"cannot requeue {job} ({result.stderr.strip()}); give the same command again")

@@ -10,6 +10,8 @@ from datetime import datetime
 from stablerep.runtime.errors import WorkError
 
 SETTLE_S = 5
+PATIENCE_S = 60.0  # for a controller that is being restarted
+NO_ANSWER = re.compile("Unable to contact slurm controller|Socket timed out")
 WAITING_OR_RUNNING = "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED"
 
 
@@ -21,6 +23,16 @@ def client(*words: str) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError as error:
         return subprocess.CompletedProcess(words, 127, "", f"{error.filename}: not found")
+
+
+def patient_client(*words: str) -> subprocess.CompletedProcess[str]:
+    """`client`, again and again while the controller does not answer, for PATIENCE_S."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        result = client(*words)
+        if not NO_ANSWER.search(result.stderr) or time.monotonic() > until:
+            return result
+        time.sleep(1.0)
 
 
 def own_job() -> str | None:
@@ -55,7 +67,7 @@ def own_end() -> float | None:
 
 def state(job: str) -> str:
     """RUNNING, COMPLETING, PENDING ...; empty where Slurm does not know the job."""
-    return client("squeue", "-h", "-j", job, "-o", "%T").stdout.strip()
+    return patient_client("squeue", "-h", "-j", job, "-o", "%T").stdout.strip()
 
 
 def exclude_nodes(job: str, nodes: list[str]) -> str | None:

@@ -18,6 +18,8 @@ from stablerep.data.files import OpenFiles
 from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import read_json, write_atomic
 
+FIELDS = {"samples", "images", "size", "sha256", "members"}  # of a sidecar, beside what its writer adds
+
 
 @dataclass
 class Sample:
@@ -85,7 +87,7 @@ def read_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     path = folder / f"{shard_name(number)}.json"
     try:
         sidecar = read_json(path)
-        intact = path.with_suffix(".tar").stat().st_size == sidecar["size"]
+        intact = path.with_suffix(".tar").stat().st_size == sidecar["size"] and set(sidecar) >= FIELDS
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return sidecar if intact else None

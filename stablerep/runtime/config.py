@@ -6,6 +6,7 @@ dataclass, so that it needs no heavy import.
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -205,11 +206,15 @@ def run_command(main: Any) -> None:
 
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except WorkError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:  # whoever read our output has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The run folder: files that are complete or absent, and append-only JSON lines."""
 
+import errno
 import hashlib
 import json
 import os
@@ -78,12 +79,19 @@ def file_hash(path: str | Path) -> str:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a JSONL file with a single write, so that processes do not tear each other's lines."""
+    """Append one line to a JSONL file with a single write, so that processes do not tear each other's lines.
+
+    Raises OSError where the line is not written whole. What a full disk tore off then ends before the next line begins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

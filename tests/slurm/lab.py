@@ -10,7 +10,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -44,6 +45,7 @@ class Lab:
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.slurmd: dict[str, subprocess.Popen[bytes]] = {}
+        self.controller: subprocess.Popen[bytes]
 
     def __enter__(self) -> "Lab":
         try:
@@ -87,8 +89,21 @@ class Lab:
         self.slurmd[node].wait()
         mine = [p for p in self._job_processes() if f"SLURMD_NODENAME={node}" in self._environment(p)]
         managers = {int(Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split()[1]) for p in mine}
-        for pid in (managers & set(self._job_processes())) | set(mine):
-            self._kill(pid, signal.SIGKILL)
+        doomed = (managers & set(self._job_processes())) | set(mine)
+        # All stop before the first dies: a manager that sees its task die tells the controller that the job has failed.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in doomed:
+                self._kill(pid, number)
+
+    @contextmanager
+    def no_controller(self, number: int) -> Iterator[None]:
+        """End slurmctld by a signal; afterwards start it on the state that it saved, and wait until it answers."""
+        self.controller.send_signal(number)
+        self.controller.wait()
+        self.daemons.remove(self.controller)
+        yield
+        self.controller = self._spawn("slurmctld", "-D")
+        self._await(lambda: self.call("sinfo").returncode == 0, 60, "controller that answers")
 
     def restore(self) -> None:
         """Cancel every job, start the slurmds that are gone, wait until every node is idle."""
@@ -144,7 +159,7 @@ class Lab:
             self._spawn("slurmdbd", "-D")
             self._await(lambda: self.call("sacctmgr", "-n", "show", "cluster").returncode == 0, 60, "slurmdbd")
             self.call("sacctmgr", "-i", "add", "cluster", "lab")
-        self._spawn("slurmctld", "-D", "-c")
+        self.controller = self._spawn("slurmctld", "-D", "-c")
         for i in range(1, self.nodes + 1):
             self.slurmd[f"node{i}"] = self._spawn("slurmd", "-D", "-N", f"node{i}")
         self._await(self._all_idle, 60, "nodes to be idle")
@@ -231,7 +246,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {accounting}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=main Nodes=ALL Default=YES LLN=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 PreemptMode=OFF
 """)
 

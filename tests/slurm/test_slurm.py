@@ -2,15 +2,21 @@
 
 import os
 import signal
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, command, shard_bytes
+from helpers import REPO, SMALL, command, shard_bytes, wait_for
 from lab import Lab
 from slurm_need import need
+from workers import committed, complete, plan
 
 from stablerep.runtime.events import read_events
 from stablerep.runtime.rundir import read_jsonl
+
+CAPTIONS = REPO / "assets" / "captions.txt"
+MANY = {"limit": 72, "captions_per_shard": 1, "images_per_caption": 2, "batch_size": 2, "steps": 10}
 
 
 def ours(lab, *words):
@@ -25,36 +31,90 @@ def idle(lab):
     return not lab.call("squeue", "-h").stdout.strip()
 
 
-def test_array_over_four_nodes_equals_the_local_run(lab, captions, reference, tmp_path):
-    done = generate(lab, captions, tmp_path / "run", "--nodes", "4", "--wait")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert shard_bytes(tmp_path / "run") == shard_bytes(reference)
-    (record,) = read_jsonl(tmp_path / "run" / "jobs.jsonl")
-    assert [j.split("_")[1] for j in record["jobs"]] == ["0", "1", "2", "3"]
-    assert generate(lab, captions, tmp_path / "run", "--nodes", "2").stdout.strip().endswith("nothing to do")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, nursery):
+    """The run of `MANY` as two workers of this machine make it, without Slurm and undisturbed."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    plan(run, CAPTIONS, **MANY)
+    complete(run, nursery.start(run, 2))
+    return run
 
 
-def test_requeue_kill_and_node_loss_lose_nothing(lab, tmp_path):
-    captions = REPO / "assets" / "captions.txt"
-    words = [captions, tmp_path / "run", "--limit", "42", "--steps", "40", "--lease-timeout-s", "3", "--nodes", "4"]
+def generate_many(lab, run, *more):
+    return generate(lab, CAPTIONS, run, *(word for k, v in MANY.items() for word in ("--" + k.replace("_", "-"), v)), *more)
+
+
+def test_array_over_four_nodes_equals_the_local_run_and_ends_together(lab, alone, tmp_path):
     run = tmp_path / "run"
-    assert generate(lab, *words).returncode == 0
+    done = generate_many(lab, run, "--nodes", "6", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shard_bytes(run) == shard_bytes(alone)
+    (record,) = read_jsonl(run / "jobs.jsonl")
+    assert [j.split("_")[1] for j in record["jobs"]] == ["0", "1", "2", "3", "4", "5"]
+    events = list(read_events(run))
+    assert len({e["node"] for e in events if e["event"] == "started"}) == 4
+    assert Counter(e["shard"] for e in events if e["event"] == "committed") == dict.fromkeys(range(MANY["limit"]), 1)
+    assert tail(events) <= 1.1
+    assert generate_many(lab, run, "--nodes", "2").stdout.strip().endswith("nothing to do")
+    for name in ("dataset.json", "shards/000003.json", "shards/000007.json"):
+        (run / name).unlink()
+    assert "dry run: 2 jobs" in generate_many(lab, run, "--nodes", "6", "--dry-run").stdout, "no more jobs than shards"
 
-    def claims():
-        return {e["process"] for e in read_events(run) if e["event"] == "loaded"}
 
-    lab.until(lambda: len(claims()) >= 3, 180, "three workers at work")
-    by_task = {p.split("_")[1].split("-")[0]: p for p in claims()}
-    first, second, third = list(by_task)[:3]
-    array = next(iter(by_task.values())).split("-")[2].split("_")[0]
-    node = lab.call("squeue", "-h", "-r", "-j", f"{array}_{third}", "-o", "%N").stdout.strip()
-    assert node
-    lab.lose(node)
-    assert lab.call("scontrol", "requeue", f"{array}_{first}").returncode == 0
-    os.kill(int(by_task[second].rsplit("-", 1)[1]), signal.SIGKILL)
+def tail(events):
+    """Wall time of a run, over what it is where all workers that came to the end run out of work together: the same work
+    from the same starts, shared without rest. From the first start to the complete dataset; a worker's work ends with its
+    last commit."""
+    end = min(e["time"] for e in events if e["event"] == "completed")
+    start = min(e["time"] for e in events if e["event"] == "started")
+    living = {e["process"] for e in events if e["event"] == "ended" and e["outcome"] == "done"}
+    last = {e["process"]: e["time"] for e in events if e["process"] in living and e["event"] in ("started", "committed")}
+    return (end - start) / (statistics.fmean(min(end, t) for t in last.values()) - start)
+
+
+def pid_of(event):
+    return int(event["process"].rsplit("-", 1)[1])
+
+
+def test_every_fault_in_one_run_loses_nothing(lab, alone, tmp_path):
+    """The controller killed and restarted, a node lost, an element requeued, one killed, one warned while there is no
+    controller, the partition preempted."""
+    run = tmp_path / "run"
+    assert generate_many(lab, run, "--nodes", "6", "--lease-timeout-s", "5").returncode == 0
+
+    def of(kind):
+        return [e for e in read_events(run) if e["event"] == kind]
+
+    lab.until(lambda: len(of("loaded")) == 6, 240, "six workers at work")
+    with lab.no_controller(signal.SIGKILL):  # while Slurm's state is as it was some seconds ago: it saves it every few
+        pass
+    first = {e["process"].split("-")[2]: e for e in of("started")}  # element -> its first life
+    lost = next(iter(first.values()))["node"]
+    by_node = {e["node"]: element for element, e in first.items() if e["node"] != lost}
+    requeued, killed, *_ = by_node.values()
+    lab.lose(lost)
+    os.kill(pid_of(first[killed]), signal.SIGKILL)
+    assert lab.call("scontrol", "requeue", requeued).returncode == 0
+    warned, *preempted = set(first) - {e for e in first if first[e]["node"] == lost} - {requeued, killed}
+    with lab.no_controller(signal.SIGTERM):  # SIGKILL would lose the requeue, and with it the element (not its work)
+        os.kill(pid_of(first[warned]), signal.SIGTERM)
+        wait_for(
+            lambda: any(e["process"] == first[warned]["process"] for e in of("interrupted")), 120, "the warned element to end"
+        )
+    high = ["sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+    assert lab.call(*high).returncode == 0
+    lab.until(lambda: {warned, *preempted} <= {e["job"] for e in of("requeued")}, 120, "the preempted elements to give way")
+    assert committed(run) < MANY["limit"], "all that happened at work"
     lab.until(lambda: (run / "dataset.json").exists() and idle(lab), 300, "the dataset and an empty queue")
-    again = {p.split("_")[1].split("-")[0] for p in (e["process"] for e in read_events(run)) if "-r1-" in p}
-    assert {first, third} <= again, "the requeued and the lost element came back"
+
+    assert shard_bytes(run) == shard_bytes(alone)
+    again = {e["process"].split("-")[2] for e in of("started") if "-r0-" not in e["process"]}
+    assert again == set(first) - {killed}, "who was lost, requeued or preempted came back"
+    assert {e["fault"] for e in of("interrupted")} == {"preemption"}
+    deaths = len(of("started")) - len(of("ended"))
+    made = Counter(e["shard"] for e in of("committed"))
+    assert deaths >= 2 and made.total() - len(made) <= deaths, "no shard is made more often than deaths explain"
+    assert tail(list(read_events(run))) <= 1.1
     audit = command("generation/audit.py", run, "--remake", "2")
     assert audit.returncode == 0 and "all sound (complete)" in audit.stdout, audit.stdout
 
