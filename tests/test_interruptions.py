@@ -245,4 +245,10 @@ def test_events_go_on_after_an_error_and_lines_that_are_torn_are_skipped(tmp_pat
     with open(events.path, "ab") as file:
         file.write(b'{"event": "torn \xe2\n[1, {"event\n')
     events.write("third", loss=float("nan"))
-    assert [e["event"] for e in read_events(tmp_path)] == ["first", "second", "third"]
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))  # what a full disk does
+        with pytest.raises(OSError, match="No space"):
+            events.write("lost")
+    events.write("fourth")
+    assert [e["event"] for e in read_events(tmp_path)] == ["first", "second", "third", "fourth"]

@@ -1,5 +1,6 @@
 """Events: one JSONL file per process under RUN/events/, the record of who did what, when and why."""
 
+import errno
 import json
 import os
 import threading
@@ -22,6 +23,7 @@ class Events:
         self.name, self.always = name, always
         self.path = run / "events" / f"{name}.jsonl"
         self._file: int | None = None
+        self._torn = b""  # ends the line before, where a full disk took a part of it only
         self._lock = threading.Lock()
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -33,10 +35,12 @@ class Events:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(self._file, line)
+                if os.write(self._file, self._torn + line) < len(self._torn + line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fdatasync(self._file)
+                self._torn = b""
             except OSError:  # the handle may be stale
-                file, self._file = self._file, None
+                file, self._file, self._torn = self._file, None, b"\n"
                 os.close(file)
                 raise
 
