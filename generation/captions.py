@@ -108,6 +108,23 @@ def read_captions(path: Path, start: int, count: int) -> list[tuple[str, str]]:
     return rows
 
 
+def row_of(path: Path, id: str) -> int | None:
+    """The row of a caption in a captions.parquet, None where it is not there; reads the ids of one row group."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group)
+            known = rows.column(0).statistics
+            if known.min <= id <= known.max:
+                row = pc.index(file.read_row_group(group, columns=["id"])["id"], id).as_py()
+                return None if row < 0 else first + row
+            first += rows.num_rows
+    return None
+
+
 def _unique(batches: "Iterable[pa.RecordBatch]", counts: CaptionCounts) -> "Iterator[pa.Table]":
     """Sorted rows without repeats and empty lines, which are counted. Raises UsageError where one id has two texts."""
     import numpy as np

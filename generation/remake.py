@@ -95,13 +95,12 @@ def main(argv: list[str]) -> int:
     if len(config.image) != 3 or not config.image[2].isdigit():
         raise UsageError("which image? python -m generation.remake RUN ID J")
     run, id, number = Path(config.image[0]), config.image[1], int(config.image[2])
-    from pyarrow import compute, parquet
-
+    from generation.captions import row_of
     from generation.plan import load_plan
 
     plan = load_plan(run)
-    row = compute.index(parquet.read_table(run / "captions.parquet", columns=["id"])["id"], id).as_py()
-    if row < 0:
+    row = row_of(run / "captions.parquet", id)
+    if row is None:
         raise UsageError(f"{run} has no caption with the id {id}")
     if number >= plan.images_per_caption:
         raise UsageError(f"{run} has {plan.images_per_caption} images a caption: there is no number {number}")

@@ -20,7 +20,7 @@ from helpers import command
 from workers import plan
 
 from generation import captions as lists
-from generation.captions import prepare, read_captions
+from generation.captions import prepare, read_captions, row_of
 from generation.identity import caption_id, noise
 from stablerep.runtime import percent
 from stablerep.runtime.errors import UsageError, WorkError
@@ -135,6 +135,10 @@ def test_what_python_would_make_of_dirty_strings(tmp_path, monkeypatch, limit):
     assert len(expected) > 3000
     assert read_captions(tmp_path / "o.parquet", 0, len(texts)) == expected[:limit]
     assert read_captions(tmp_path / "o.parquet", 2000, 100) == expected[:limit][2000:2100]
+    for row in (0, 2047, 2048, 2999):
+        id = expected[row][0]
+        assert row_of(tmp_path / "o.parquet", id) == (row if limit is None or row < limit else None)
+    assert row_of(tmp_path / "o.parquet", "0" * 16) is None
     empty = stripped.count("")
     kept = len(expected[:limit])
     assert vars(counts) == {
