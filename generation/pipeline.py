@@ -145,9 +145,7 @@ class TextToImage:
         unet = self._unet if pipe is self.pipe else pipe.unet
         dtype = pipe.unet.dtype
         scheduler.set_timesteps(steps)
-        times = scheduler.timesteps.to(
-            self.device
-        )  # the scheduler keeps its own on the CPU: to read one from a GPU waits for it
+        times = scheduler.timesteps.to(self.device)  # the scheduler's own stay on the CPU: to read one from a GPU waits for it
         start = start.to(self.device, memory_format=torch.channels_last)
         latents = (start * scheduler.init_noise_sigma).to(dtype)
         if guided:
@@ -209,7 +207,11 @@ def generate_captions(model: TextToImage, captions: list[tuple[str, str]], stopp
 
 
 def load(run: Path, device: str) -> TextToImage:
-    """The pipeline of a planned run."""
+    """The pipeline of a planned run. Raises UsageError where the model's folder has changed since."""
+    from generation.plan import check_model, load_plan
     from stablerep.runtime.config import from_yaml
 
-    return TextToImage(from_yaml(GenerateConfig, run / "config.yaml"), device)
+    config = from_yaml(GenerateConfig, run / "config.yaml")
+    model = TextToImage(config, device)
+    check_model(config, load_plan(run))
+    return model

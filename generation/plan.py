@@ -37,6 +37,7 @@ class Plan:
     dropped: dict[str, int]
     megabytes: float
     sources_sha256: str  # of the caption files as they were
+    model_sha256: str | None = None  # the fingerprint of the model's folder; None in runs of older versions
     estimate: dict[str, Any] | None = None  # what the launch that planned it expected: fields of generation.cost.Estimate
 
     def rows(self, shard: int) -> tuple[int, int]:
@@ -102,6 +103,7 @@ def _plan(config: GenerateConfig, target: Path, spill: Path) -> tuple[Plan, Capt
         dropped={"empty": counts.empty, "duplicates": counts.duplicates},
         megabytes=round(images * image_bytes(config) / 1e6, 1),
         sources_sha256=_files_hash(expand(config.captions)),
+        model_sha256=fingerprint(Path(config.model)),
     )
     return plan, counts
 
@@ -127,10 +129,21 @@ def check_resume(config: GenerateConfig) -> None:
     changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k not in FREE and old[k] != new[k]]
     if changed:
         raise UsageError(f"{run} was planned with other settings ({'; '.join(changed)}): use another --out")
-    if config.captions and _files_hash(expand(config.captions)) != load_plan(run).sources_sha256:
+    plan = load_plan(run)
+    check_model(config, plan)
+    if config.captions and _files_hash(expand(config.captions)) != plan.sources_sha256:
         raise UsageError(
             f"{' '.join(config.captions)}: not the captions that {run} was planned with; use another --out for these, "
             "or leave --captions out to go on with the frozen ones"
+        )
+
+
+def check_model(config: GenerateConfig, plan: Plan) -> None:
+    """Raise UsageError where the model's folder is not as it was when the run was planned."""
+    if plan.model_sha256 not in (None, fingerprint(Path(config.model))):
+        raise UsageError(
+            f"{config.model} is not the model that {config.out} was planned with: its files have changed; "
+            "put them back, or use another --out"
         )
 
 

@@ -195,11 +195,11 @@ class _Worker:
 
     def load(self) -> None:
         """Load the pipeline and set it up for this device."""
-        from generation.pipeline import TextToImage
+        from generation.pipeline import load
 
         start = time.time()
         try:
-            model = TextToImage(self.config, self.device)
+            model = load(self.run, self.device)
             loaded = time.time()
             workers = (self.plan.estimate or {}).get("workers", 1)
             model.use(agree(self.run, model, self.plan.images // workers))

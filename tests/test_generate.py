@@ -16,9 +16,11 @@ from workers import complete, generate, plan
 from generation.identity import caption_id
 from generation.plan import check_resume, renew
 from generation.settings import GenerateConfig, public_settings, resolve
+from generation.worker import work
 from stablerep.data.shards import DatasetIndex
 from stablerep.runtime.config import from_yaml
 from stablerep.runtime.errors import UsageError
+from stablerep.runtime.stop import StopFlag
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -75,6 +77,23 @@ def test_captions_that_changed_since_the_plan_are_refused(captions, tmp_path):
     with pytest.raises(UsageError, match="not the captions"):
         check_resume(config)
     check_resume(replace(config, captions=[]))
+
+
+def test_a_model_whose_files_changed_since_the_plan_is_refused(captions, tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(REPO / "assets" / "tiny", model)
+    plan(run, captions, model=str(model))
+    config = from_yaml(GenerateConfig, run / "config.yaml")
+    check_resume(config)
+    weights = next((model / "unet").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1  # of a small file every byte counts
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match="its files have changed"):
+        check_resume(config)
+    with pytest.raises(UsageError, match="its files have changed"):  # a job that was submitted before
+        work(run, device="cpu", stop=StopFlag(), name="worker-1")
+    assert not list(run.glob("shards/*"))
 
 
 def test_settings_of_how_to_work_may_change_and_take_effect(captions, tmp_path):
