@@ -27,6 +27,7 @@ soak: install
 bench: install
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/checkpoint.py
+	$(PY) benchmarks/generate.py
 	$(PY) benchmarks/claims.py
 	$(PY) benchmarks/status.py
 	$(PY) benchmarks/captions.py
