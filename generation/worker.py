@@ -62,7 +62,8 @@ class _Made:
     """A shard's images, before they are on the disk."""
 
     samples: list[Sample]
-    sidecar: dict[str, Any]  # what is said of them there
+    retried: int  # of the images, how many were made again in float32
+    sidecar: dict[str, Any]  # what else is said of them there
 
 
 class _Worker:
@@ -181,17 +182,8 @@ class _Worker:
             return None
         settings = public_settings(self.config)
         samples = [Sample(id, text, made, {"id": id, **settings}) for (id, text), made in zip(captions, images, strict=True)]
-        retried = self.model.retried - retried
-        return _Made(
-            samples,
-            {
-                "made_by": self.events.name,
-                **asdict(self.model.tuning),
-                "retried_fp32": retried,
-                "quality": measure(images, retried),
-                "seconds": round(time.time() - start, 3),
-            },
-        )
+        tuning, seconds = asdict(self.model.tuning), round(time.time() - start, 3)
+        return _Made(samples, self.model.retried - retried, {"made_by": self.events.name, **tuning, "seconds": seconds})
 
     def load(self) -> None:
         """Load the pipeline and set it up for this device."""
@@ -229,12 +221,14 @@ class _Worker:
             self.model.use(smaller)  # after the exception is gone, and with it the tensors that it holds
 
     def commit(self, shard: int, made: _Made) -> None:
-        """Write a shard, say so, give its lease back; in the writer's thread."""
-        sidecar = write_shard(self.run / "shards", shard, made.samples, made.sidecar)
-        count, retried = sidecar["images"], sidecar["retried_fp32"]
-        self.events.write("committed", shard=shard, images=count, seconds=sidecar["seconds"], quality=sidecar["quality"])
-        if retried > NAN_STORM * count:
-            why = f"{retried} of {count} images were not finite in {self.config.dtype}"
+        """Look at a shard's images, write it, say so, give its lease back; in the writer's thread."""
+        quality = measure([sample.images for sample in made.samples], made.retried)
+        more = {"retried_fp32": made.retried, "quality": quality}
+        sidecar = write_shard(self.run / "shards", shard, made.samples, made.sidecar | more)
+        count = sidecar["images"]
+        self.events.write("committed", shard=shard, images=count, seconds=sidecar["seconds"], quality=quality)
+        if made.retried > NAN_STORM * count:
+            why = f"{made.retried} of {count} images were not finite in {self.config.dtype}"
             self.events.write("nan storm", fault=Kind.NAN, shard=shard, node=self.node, why=why)
         self.leases.release(shard)
 
