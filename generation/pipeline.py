@@ -89,7 +89,7 @@ class TextToImage:
         try:
             pipe = diffusers.StableDiffusionPipeline.from_pretrained(
                 self.config.model, dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False,
-                local_files_only=True,
+                local_files_only=True, disable_mmap=True,  # a mapped file comes page by page from a file server
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load --model {self.config.model}: {str(error).splitlines()[0]}") from None

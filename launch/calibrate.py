@@ -14,7 +14,7 @@ from generation.settings import GenerateConfig
 from launch import slurm
 from launch.cluster import ClusterConfig, Shape, still_active, submit, within
 from launch.progress import Every, last_word
-from stablerep.runtime.config import to_yaml
+from stablerep.runtime.config import from_yaml, to_yaml
 from stablerep.runtime.errors import WorkError
 from stablerep.runtime.rundir import read_json, write_atomic, write_json
 
@@ -38,9 +38,9 @@ class CalibrateTask:
         try:
             from generation import tuning
             from generation.calibrate import measure
-            from generation.pipeline import load
+            from generation.pipeline import TextToImage
 
-            model = load(Path(self.out), device)
+            model = TextToImage(from_yaml(GenerateConfig, Path(self.out) / "config.yaml"), device)
             if self.gpus:
                 tuning.measure(model, images=MANY)
             load_s = time.perf_counter() - start

@@ -13,7 +13,7 @@ from launch import checks
 from launch.checks import Finding
 from launch.cluster import ClusterConfig, Shape, still_active, submit, within
 from launch.doctor_probe import Found, ProbeTask, fingerprint_of, versions, wait
-from launch.progress import Every
+from launch.progress import Every, last_word
 from launch.slurm import client, nudge
 from stablerep.runtime.errors import UsageError, WorkError
 from stablerep.runtime.rundir import read_json
@@ -46,7 +46,8 @@ def run_probe(cluster: ClusterConfig, shape: Shape, task: ProbeTask, patience_s:
         if task.model is not None:
             yield from checks.judge_model(found, task.model, fingerprint_of(task.model))
         if not found:
-            yield Finding("fail", f"job {job} ended with: {_last_word(out)}", "Keep its logs with --out")
+            why = last_word(sorted((out / "logs").glob("*.out")), "no log that this machine sees")
+            yield Finding("fail", f"job {job} ended with: {why}", "Keep its logs with --out")
             return
         _warn(job, found, on_slurm)
         yield checks.judge_signals(_gather(out, "signalled", world, SIGNAL_S), world)
@@ -76,13 +77,6 @@ def _gather(out: Path, name: str, world: int, bound_s: float) -> list[Found]:
     wait(lambda: count() == world or gone(), bound_s)
     time.sleep(0 if count() == world else 2)  # the last report of a job that has just ended
     return sorted((Found(**read_json(path)) for path in (out / name).glob("[0-9]*.json")), key=lambda f: f.rank)
-
-
-def _last_word(out: Path) -> str:
-    """The last line that the job wrote."""
-    logs = sorted((out / "logs").glob("*.out"), key=lambda p: p.stat().st_size)
-    lines = logs[-1].read_text(errors="replace").split("\n") if logs else []
-    return next((line for line in reversed(lines) if line.strip()), "no log that this machine sees")
 
 
 def _warn(job: str, found: list[Found], on_slurm: bool) -> None:
