@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ABOUT = "Plan the shards, submit the generation array, resume where RUN exists."
 JOB = "generate"
+CLEAR_S = 60.0  # for jobs of a complete run to end
 
 
 @dataclass
@@ -191,6 +193,8 @@ def _wait(run: Path, attempts: int, started: float) -> int:
 
     try:
         complete = watch(WatchedProgress(run), Every(5.0, lambda: watch_jobs(run, JOB)), "images")
+        if complete:
+            _clear_away(run)
     except KeyboardInterrupt:
         print(f"\ndetached; the work goes on. See: python launch/status.py {run}")
         return 3
@@ -209,6 +213,17 @@ def _wait(run: Path, attempts: int, started: float) -> int:
     then = _aside(len(aside)) if aside else "the same command resumes"
     print(f"error: {run} is incomplete and no job is left; see {run}/logs; {then}", file=sys.stderr)
     return 3
+
+
+def _clear_away(run: Path) -> None:
+    """At the end of a run: jobs that never began are cancelled, the others end by themselves. No later command meets them."""
+    from launch.cluster import cancel_waiting, still_active
+
+    end = time.monotonic() + CLEAR_S
+    with suppress(WorkError):  # Slurm does not answer: the images are there all the same
+        cancel_waiting(run, JOB)
+        while still_active(run, JOB) and time.monotonic() < end:
+            time.sleep(0.5)
 
 
 def _aside(count: int) -> str:

@@ -47,6 +47,7 @@ class GenerateTask:
 
         from generation.triage import Kind, WorkerEnds, interruption
         from generation.worker import work
+        from launch.cluster import cancel_waiting
 
         stop = StopFlag().install()  # after submitit's own handlers, which it replaces
         preflight.keep_caches_local(preflight.scratch_folder(self.scratch))
@@ -54,6 +55,8 @@ class GenerateTask:
         run, name, node = Path(self.run), process_name(f"generate-{rank}"), slurm.own_node()
         end = slurm.own_end() if rank == 0 else None  # asked now: a preemption sets it to the end of the time of grace
         events = Events(run, name)
+        if rank == 0 and (run / "dataset.json").exists():
+            cancel_waiting(run, "generate")  # those that wait would begin for nothing, as we do
         try:
             try:
                 outcome = work(run, device=f"cuda:{rank}" if self.gpus else "cpu", stop=stop, name=name, node=node)

@@ -159,6 +159,18 @@ def test_capped_array_is_stopped_and_nothing_comes_back(lab, tmp_path):
     assert not any(e["event"] == "requeued" for e in read_events(run)) and not list((run / "leases").iterdir())
 
 
+def test_complete_run_leaves_no_job_in_the_queue(lab, captions, tmp_path):
+    more = ["--nodes", "4", "--max-running", "1"]  # the first element makes all
+    done = generate(lab, captions, tmp_path / "watched", *more, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (array,) = {job.split("_")[0] for job in next(read_jsonl(tmp_path / "watched" / "jobs.jsonl"))["jobs"]}
+    assert not lab.call("squeue", "-h", "-t", "PENDING,RUNNING", "-j", array).stdout
+    assert generate(lab, captions, tmp_path / "run", *more).returncode == 0
+    lab.until(lambda: (tmp_path / "run" / "dataset.json").exists() and idle(lab), 120, "the dataset and an empty queue")
+    lives = [e["process"] for e in read_events(tmp_path / "run") if e["event"] == "started"]
+    assert len(lives) == 2, "the second finds nothing to do, and cancels the other two"
+
+
 def test_arrays_are_split_at_max_array_size(lab, captions, tmp_path):
     one = ["--captions-per-shard", "1", "--nodes", "12"]
     done = generate(lab, captions, tmp_path / "run", *one, "--dry-run")
