@@ -213,5 +213,5 @@ def load(run: Path, device: str) -> TextToImage:
 
     config = from_yaml(GenerateConfig, run / "config.yaml")
     model = TextToImage(config, device)
-    check_model(config, load_plan(run))
+    check_model(config, load_plan(run))  # not before: of a folder that is gone the pipeline says so
     return model

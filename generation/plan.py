@@ -46,10 +46,10 @@ class Plan:
         return start, min(self.captions_per_shard, self.captions - start)
 
 
-def plan_hash(config: GenerateConfig, captions_sha256: str) -> str:
+def plan_hash(config: GenerateConfig, model_sha256: str, captions_sha256: str) -> str:
     """Hash of everything that decides pixels."""
     fixed = {k: v for k, v in to_dict(config).items() if k not in FREE | {"model", "limit", "caption_column"}}
-    fixed |= {"model": fingerprint(Path(config.model)), "captions": captions_sha256}
+    fixed |= {"model": model_sha256, "captions": captions_sha256}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -90,7 +90,7 @@ def make_plan(
 
 def _plan(config: GenerateConfig, target: Path, spill: Path) -> tuple[Plan, CaptionCounts]:
     counts = prepare(config.captions, config.caption_column, config.limit, target, spill)
-    data_hash = file_hash(target)
+    data_hash, model_hash = file_hash(target), fingerprint(Path(config.model))
     images = counts.kept * config.images_per_caption
     plan = Plan(
         captions=counts.kept,
@@ -98,12 +98,12 @@ def _plan(config: GenerateConfig, target: Path, spill: Path) -> tuple[Plan, Capt
         shards=-(-counts.kept // config.captions_per_shard),
         images_per_caption=config.images_per_caption,
         captions_per_shard=config.captions_per_shard,
-        hash=plan_hash(config, data_hash),
+        hash=plan_hash(config, model_hash, data_hash),
         captions_sha256=data_hash,
         dropped={"empty": counts.empty, "duplicates": counts.duplicates},
         megabytes=round(images * image_bytes(config) / 1e6, 1),
         sources_sha256=_files_hash(expand(config.captions)),
-        model_sha256=fingerprint(Path(config.model)),
+        model_sha256=model_hash,
     )
     return plan, counts
 

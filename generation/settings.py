@@ -10,7 +10,7 @@ from stablerep.runtime.errors import UsageError
 from stablerep.runtime.rundir import data_folder, read_json
 
 TINY = data_folder("assets") / "tiny"
-PIECES, PIECE = 64, 1 << 16  # bytes of each file that a fingerprint reads
+PIECES, PIECE = 64, 1 << 16  # that a fingerprint reads of each file, evenly spaced, and bytes of each
 CHOICES = {
     "sampler": ("ddim", "dpmsolver++", "unipc"),
     "dtype": ("auto", "fp32", "fp16", "bf16"),
@@ -135,8 +135,8 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
         with open(path, "rb") as file:
-            for k in range(PIECES):
-                file.seek(max(k * PIECE, size * k // PIECES))
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(start)
                 digest.update(file.read(PIECE))
     return digest.hexdigest()
 

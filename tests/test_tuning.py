@@ -47,10 +47,10 @@ def pixels(model):
 def test_the_plans_hash_holds_every_setting_that_can_change_a_byte():
     other = FREE | {"model", "limit", "caption_column"}  # the model's fingerprint and the captions' hash stand for these
     assert set(to_dict(config())) == set(CHANGES) | other
-    hashes = [plan_hash(replace(config(), **{name: value}), "") for name, value in CHANGES.items()]
-    assert len({plan_hash(config(), ""), *hashes}) == 1 + len(hashes)
+    hashes = [plan_hash(replace(config(), **{name: value}), "", "") for name, value in CHANGES.items()]
+    assert len({plan_hash(config(), "", ""), *hashes}) == 1 + len(hashes)
     free = replace(config(), out="elsewhere", lease_timeout_s=7.0, attempts=9)
-    assert plan_hash(free, "") == plan_hash(config(), "")
+    assert plan_hash(free, "", "") == plan_hash(config(), "", "")
 
 
 @pytest.mark.parametrize("name", ["seed", "guidance_scale", "sampler", "steps", "resolution", "image_size", "dtype"])
